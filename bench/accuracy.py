@@ -1,0 +1,146 @@
+"""What compression costs in loss: the same byte-level GPT, from the same seeds, on the same batches, with each spec.
+
+    python -m commopt bench accuracy --spec plain,int8,topk:ratio=0.01 --steps 400 --seeds 3
+
+`plain` is DDP without a hook; `torch:powersgd1` and `torch:fp16` are PyTorch's own hooks. The text is the standard
+library's source, and the loss is that of held-out files in nats per byte. The line of a table is the mean over the seeds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import commopt
+
+from . import launch, link, text
+from .models import ByteGPT, next_byte_loss
+
+EXTERNAL = ("plain", "torch:fp16", "torch:powersgd1", "torch:powersgd4")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--spec", default="plain,int8,topk:ratio=0.01", help=f"specs, separated by blanks or by commas before a name; beside ours: {', '.join(EXTERNAL)}")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW, the same for every spec")
+    parser.add_argument("--batch", type=int, default=8, help="stretches of text per rank and step")
+    parser.add_argument("--width", type=int, default=128, help="of the GPT; 128 gives 1.1M parameters")
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--eval-every", type=int, default=100)
+    parser.add_argument("--emulate", metavar="RATE", help="train over a shaped link, such as 100mbit; needs root")
+    parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for everything")
+    parser.add_argument("--json", metavar="FILE", help="write the curves there; - is standard output")
+
+
+def main(args: argparse.Namespace) -> int:
+    specs = launch.split_specs(args.spec)
+    for spec in specs:
+        if spec not in EXTERNAL:
+            commopt.parse(spec)
+    settings = vars(args) | {"specs": specs}
+    shaped = link.Link(args.world, args.emulate) if args.emulate else None
+    result = launch.run("commopt.bench.accuracy", {k: v for k, v in settings.items() if not callable(v)}, args.world, timeout=args.timeout, link=shaped)
+    if args.json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n") if args.json == "-" else open(args.json, "w").write(json.dumps(result, indent=1))
+    if args.json != "-":
+        print(table(result))
+    return 0
+
+
+def table(result: dict) -> str:
+    """One line per spec: mean final loss, its difference to the first spec's, the spread over the seeds, bytes and time."""
+    base = None
+    lines = [f"{'spec':28} {'loss':>8} {'difference':>10} {'spread':>8} {'MB sent/step':>12} {'ms/step':>8} {'seconds':>8}"]
+    for spec, runs in result["runs"].items():
+        losses = [run["curve"][-1]["loss"] for run in runs]
+        loss = statistics.mean(losses)
+        base = loss if base is None else base
+        sent, step = (statistics.mean(run[k] for run in runs) for k in ("bytes_per_step", "seconds_per_step"))
+        lines.append(f"{spec:28} {loss:8.4f} {loss - base:+10.4f} {max(losses) - min(losses):8.4f} {sent / 1e6:12.3f} "
+                     f"{1e3 * step:8.1f} {statistics.mean(run['seconds'] for run in runs):8.1f}")
+    what = result["what"]
+    return "\n".join(lines + [f"{what['parameters'] / 1e6:.2f}M parameters, {what['world']} ranks, {what['steps']} steps, {what['seeds']} seed(s), "
+                              f"AdamW lr {what['lr']}, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}"])
+
+
+def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
+    """One training run on this rank; the held-out loss, seconds and bytes so far at every `eval_every`-th step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(seed)
+    ddp = DistributedDataParallel(ByteGPT(args.width, args.layers))
+    handle = None
+    if spec.startswith("torch:powersgd"):
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=int(spec[-1]), start_powerSGD_iter=2)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    elif spec == "torch:fp16":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif spec != "plain":
+        handle = commopt.attach(ddp, spec, seed=seed)
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr)
+    training, held_out = text.standard_library()
+    batches = torch.Generator().manual_seed(1000 * seed + rank)
+    judged = text.batch(held_out, 64, ddp.module.context, torch.Generator().manual_seed(0))
+    curve, seconds = [], 0.0
+    for step in range(1, args.steps + 1):
+        begin = time.perf_counter()
+        loss = next_byte_loss(ddp, text.batch(training, args.batch, ddp.module.context, batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds += time.perf_counter() - begin
+        if step % args.eval_every == 0 or step == args.steps:
+            with torch.no_grad():
+                value = next_byte_loss(ddp.module, judged).item()
+            sent = handle.stats()["bytes_wire"] if handle else _bytes(spec, ddp) * step
+            curve.append({"step": step, "loss": value, "seconds": seconds, "bytes": sent})
+            launch.progress(f"{spec} seed {seed}: step {step}/{args.steps}, loss {value:.4f}")
+    equal = _same_everywhere(ddp)
+    if not equal:
+        raise RuntimeError(f"{spec}: the ranks hold different parameters after {args.steps} steps")
+    sent = curve[-1]["bytes"]
+    return {"curve": curve, "seconds": seconds, "seconds_per_step": seconds / args.steps, "bytes_per_step": sent / args.steps}
+
+
+def _bytes(spec: str, ddp: torch.nn.Module) -> int:
+    """Bytes a rank sends per step for what is not ours: a ring all-reduce of what the hook hands it."""
+    ring = 2 * (dist.get_world_size() - 1) / dist.get_world_size()
+    if not spec.startswith("torch:powersgd"):
+        return int(ring * sum(p.numel() for p in ddp.parameters()) * (2 if spec == "torch:fp16" else 4))
+    r = int(spec[-1])
+    sizes = [r * (p.shape[0] + p[0].numel()) if p.dim() > 1 else p.numel() for p in ddp.parameters()]
+    return int(ring * 4 * sum(sizes))
+
+
+def _same_everywhere(ddp: torch.nn.Module) -> bool:
+    """Whether all ranks hold the same parameters, bit for bit."""
+    mine = torch.cat([p.detach().flatten() for p in ddp.parameters()]).view(torch.int32)
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    same = torch.tensor(int(torch.equal(mine, first)))
+    dist.all_reduce(same, op=dist.ReduceOp.MIN)
+    return bool(same)
+
+
+def worker() -> None:
+    args = argparse.Namespace(**launch.worker_arguments())
+    dist.init_process_group("gloo")
+    runs = {spec: [] for spec in args.specs}
+    for seed in range(args.seeds):
+        for spec in args.specs:
+            runs[spec].append(train(spec, seed, args))
+    what = {"parameters": sum(p.numel() for p in ByteGPT(args.width, args.layers).parameters()), "world": args.world, "steps": args.steps,
+            "seeds": args.seeds, "lr": args.lr, "link": args.emulate or "loopback", "torch": torch.__version__, "commopt": commopt.__version__}
+    launch.finish({"what": what, "runs": runs})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    worker()

@@ -1,0 +1,191 @@
+"""A slow network on one Linux machine: every rank in a network namespace of its own, its egress shaped by `tc tbf`.
+
+    rank 0: eth0 --tbf--+
+    rank 1: eth0 --tbf--+-- bridge, in one more namespace
+    ...                 |
+
+Nothing is made in the namespace of the machine, so that its addresses, routes and firewall neither matter nor change.
+Names carry the pid: what a killed process left behind is removed by the next one that starts.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+
+DEVICE = "eth0"  # the interface of a rank, in its namespace
+_PORT = 29500  # of the rendezvous, on rank 0's address: nothing else listens in a fresh namespace
+_MTU = 1500
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21  # see capabilities(7)
+_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_numbers = itertools.count()
+
+
+def bits_per_second(rate: str) -> float:
+    """"100mbit" -> 1e8."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]bit)(?:/s)?", rate.strip().lower())
+    if not match or not float(match[1]):
+        raise ValueError(f"a rate must be a number and kbit, mbit or gbit, like 100mbit, got {rate!r}")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def missing() -> str | None:
+    """What this machine lacks for an emulated network and how to get it, or None."""
+    if not os.path.exists("/proc/self/ns/net"):
+        return "network namespaces are a feature of Linux: use a Linux machine or container"
+    if tools := [tool for tool in ("ip", "tc") if not _path(tool)]:
+        return f"{' and '.join(tools)} not found: install iproute2 (apt-get install iproute2)"
+    with open("/proc/self/status") as file:
+        rights = int(re.search(r"^CapEff:\s*([0-9a-f]+)", file.read(), re.MULTILINE)[1], 16)
+    if not rights >> _CAP_NET_ADMIN & rights >> _CAP_SYS_ADMIN & 1:
+        return "making network namespaces needs root: run it with sudo, or in a container started with --privileged"
+    return None
+
+
+class Link:
+    """Context manager: `world` ranks on a network where each sends at most at `rate`, e.g. "1gbit"; None is unshaped."""
+
+    def __init__(self, world: int, rate: str | None):
+        if world < 2:
+            raise ValueError(f"a network needs at least 2 ranks, got {world}")
+        if rate is not None:
+            bits_per_second(rate)
+        self.world, self.rate = world, rate
+        prefix = f"commopt-{os.getpid()}-{next(_numbers)}"
+        self._switch = f"{prefix}-switch"
+        self.namespaces = [f"{prefix}-{rank}" for rank in range(world)]
+        self.entered = False
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> "Link":
+        if lack := missing():
+            raise RuntimeError(f"an emulated network cannot be made here: {lack}")
+        _remove(name for name in _existing() if not os.path.exists(f"/proc/{name.split('-')[1]}"))
+        with contextlib.ExitStack() as exits:
+            exits.callback(lambda: _remove({self._switch, *self.namespaces} & set(_existing())))
+            exits.enter_context(sigterm_raises())
+            self._make()
+            self._exits = exits.pop_all()
+        self.entered = True
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.entered = False
+        self._exits.close()
+
+    def _make(self) -> None:
+        _ip("netns", "add", self._switch)
+        _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", self._switch, "link", "set", "bridge", "up")
+        for rank, name in enumerate(self.namespaces):
+            port = f"port{rank}"
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "add", DEVICE, "mtu", str(_MTU), "type", "veth", "peer", "name", port, "mtu", str(_MTU), "netns", self._switch)
+            _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
+            _ip("-n", name, "address", "add", f"{_address(rank)}/16", "dev", DEVICE)
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", name, "link", "set", DEVICE, "up")
+            if self.rate is not None:
+                shape(self.rate, name)
+
+    def command(self, rank: int, command: list[str]) -> list[str]:
+        """The command line that runs `command` in the namespace of a rank."""
+        return [_path("ip"), "netns", "exec", self.namespaces[rank], *command]
+
+    def environment(self) -> dict[str, str]:
+        """What torch needs in the environment to meet on this network."""
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d warns of addresses that have no name
+        return {"MASTER_ADDR": _address(0), "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": DEVICE} | quiet
+
+    def counters(self, rank: int) -> tuple[int, int]:
+        """Bytes that a rank's interface sent and received."""
+        return _read_counters(_run([*self.command(rank, ["cat", "/proc/net/dev"])]))
+
+
+def counters() -> tuple[int, int]:
+    """Bytes sent and received by the interface of the rank that calls this, in its namespace."""
+    with open("/proc/net/dev") as file:
+        return _read_counters(file.read())
+
+
+def shape(rate: str | None, namespace: str | None = None) -> None:
+    """Limits what the interface sends; None lifts the limit. namespace: by default the one that the caller runs in."""
+    where = [_path("tc")] + (["-n", namespace] if namespace else [])
+    if rate is None:
+        if " tbf " in _run([*where, "qdisc", "show", "dev", DEVICE]):
+            _run([*where, "qdisc", "del", "dev", DEVICE, "root"])
+        return
+    # The burst is what may be sent at once after a pause. Too small, and every late timer of a busy machine loses rate;
+    # too large, and small messages travel for nothing. The limit is the queue: TCP holds back long before it is full.
+    per_ms = bits_per_second(rate) / 8e3
+    burst, limit = max(16 * 1024, int(per_ms)), max(1 << 20, int(per_ms * 50))
+    _run([*where, "qdisc", "replace", "dev", DEVICE, "root", "tbf",
+          "rate", f"{int(bits_per_second(rate))}bit", "burst", f"{burst}b", "limit", f"{limit}b"])
+
+
+@contextlib.contextmanager
+def unshaped(rate: str | None) -> Iterator[None]:
+    """Called by a rank in its namespace: set-up in this block runs at full speed, and what comes after it at `rate`."""
+    shape(None)
+    try:
+        yield
+    finally:
+        if rate is not None:
+            shape(rate)
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """In this block SIGTERM raises SystemExit, so that what was begun is cleaned up."""
+
+    def stop(signum, frame) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _address(rank: int) -> str:
+    return f"10.77.{(rank + 1) // 256}.{(rank + 1) % 256}"
+
+
+def _path(tool: str) -> str | None:
+    return shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"an emulated network cannot be made here: `{' '.join(command)}` failed: {done.stderr.strip()}. "
+                           "It needs the rights and the kernel modules for namespaces, veth, bridge and sch_tbf")
+    return done.stdout
+
+
+def _ip(*arguments: str) -> str:
+    return _run([_path("ip"), *arguments])
+
+
+def _existing() -> list[str]:
+    return [name for name in (line.split()[0] for line in _ip("netns", "list").splitlines() if line) if re.match(r"commopt-\d+-", name)]
+
+
+def _remove(names) -> None:
+    for name in names:  # its interfaces go with it; a process that is left in it keeps it until it ends
+        subprocess.run([_path("ip"), "netns", "delete", name], capture_output=True)
+
+
+def _read_counters(text: str) -> tuple[int, int]:
+    line = next(line for line in text.splitlines() if line.strip().startswith(DEVICE + ":"))
+    values = line.split(":")[1].split()
+    return int(values[8]), int(values[0])

@@ -1,0 +1,8 @@
+"""Compressed gradient exchange for data-parallel PyTorch training."""
+
+__version__ = "0.1.0"
+
+from .compressors import Compressor, compressors, parse, register, wire_bytes
+from .hooks import State, attach, hook
+
+__all__ = ["Compressor", "State", "attach", "compressors", "hook", "parse", "register", "wire_bytes"]

@@ -1,0 +1,203 @@
+"""The command line: `python -m commopt info | wire | bench`. Exit status: 0, 1 for the machine's errors, 2 for the caller's."""
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import __version__, backends
+from .compressors import never_larger, parse, wire_bytes
+from .wire import Layout
+
+BENCHES = {
+    "kernels": "speed of the CPU kernels, as a fraction of the memory's",
+    "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
+    "accuracy": "loss of a byte-level GPT on real text, against bytes and seconds",
+}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HOW_TO_BUILD = "in a checkout, with g++ at hand, run `pip install .`"
+HOW_TO_CUDA = "put nvcc of a CUDA toolkit on PATH (or set CUDACXX), then in a checkout run `COMMOPT_CUDA=1 pip install .`"
+
+
+def info() -> dict[str, Any]:
+    """What is built here, what runs what, and what is wrong with it."""
+    native = importlib.import_module("commopt._C") if backends.built("cpu") else None
+    found: dict[str, Any] = {
+        "commopt": __version__, "python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
+        "cpu": None, "cuda": None,
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_available() and dist.is_nccl_available() else None,
+        "overrides": {name: os.environ[name] for name in ("COMMOPT_BACKEND", "COMMOPT_ISA") if name in os.environ},
+        "ops": {}, "errors": [],
+    }
+    for device in ("cpu", "cuda"):
+        try:
+            found["ops"][device] = backends.owners(device)
+        except (ImportError, ValueError) as error:
+            found["errors"].append(f"the ops for {device} cannot be served: {error}")
+    if native:
+        found["cpu"] = {"isas": native.cpu.isas(), "isa": native.cpu.isa(), "threads": torch.get_num_threads()}
+    if native and hasattr(native, "cuda"):
+        runtime = native.cuda.runtime
+        found["cuda"] = {"archs": native.cuda.archs.split(";"), "runtime": f"{runtime // 1000}.{runtime % 1000 // 10}"}
+    return found | {"warnings": _warnings(found)}
+
+
+def _version(package: str) -> str | None:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+
+
+def _gpu(index: int) -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability(index)
+    return {"name": torch.cuda.get_device_name(index), "arch": f"{major}{minor}"}
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    said = [f"{name}={value} is set in the environment" for name, value in found["overrides"].items()]
+    if not found["cpu"]:
+        said.append(f"commopt._C is not built, so the CPU is served by torch code, ten and more times slower: {HOW_TO_BUILD}")
+    elif found["gpus"] and not found["cuda"] and torch.version.hip is None:
+        said.append(f"there is a GPU, but this build has no CUDA kernels: {HOW_TO_CUDA}")
+    for device, owners in found["ops"].items():
+        slow = [op for op, owner in owners.items() if owner == "reference"]
+        if slow and found["cpu"] and (device == "cpu" or found["gpus"]):
+            said.append(f"on {device} the reference, which is slow, serves {', '.join(slow)}")
+    if found["cuda"]:
+        lowest = min(map(int, found["cuda"]["archs"]))
+        said += [f"{gpu['name']} is sm_{gpu['arch']}, older than sm_{lowest}, the oldest in this build: rebuild with COMMOPT_CUDA_ARCHS={gpu['arch']}"
+                 for gpu in found["gpus"] if int(gpu["arch"]) < lowest]
+    if not found["gloo"]:
+        said.append("torch.distributed has no gloo here: commopt needs it, also beside NCCL, to compare what the ranks are about to do")
+    if found["gpus"] and not found["nccl"]:
+        said.append("there is a GPU, but torch.distributed has no NCCL: messages are copied through host memory")
+    return said
+
+
+def _info_text(found: dict[str, Any]) -> str:
+    cpu, cuda = found["cpu"], found["cuda"]
+    rows = [
+        ("commopt", f"{found['commopt']}, Python {found['python']}, torch {found['torch']}"),
+        ("commopt._C", "built" if cpu else f"not built; {HOW_TO_BUILD}"),
+        ("CPU kernels", f"{cpu['isa']} in use, of {', '.join(cpu['isas'])}; {cpu['threads']} threads" if cpu else "none"),
+        ("CUDA kernels", f"sm_{', sm_'.join(cuda['archs'])} and PTX; CUDA runtime {cuda['runtime']}" if cuda
+         else f"none: this is a CPU-only build. For CUDA, {HOW_TO_CUDA}"),
+        ("Triton", found["triton"] or "not installed"),
+        ("GPU", ", ".join(f"{gpu['name']} (sm_{gpu['arch']})" for gpu in found["gpus"]) or "none seen by torch"),
+        ("networks", f"gloo {'available' if found['gloo'] else 'missing'}, NCCL {found['nccl'] or 'not in this torch'}"),
+    ]
+    lines = [f"{name:<14}{value}" for name, value in rows]
+    lines += ["", f"{'op':<18}" + "".join(f"{'on ' + device:<12}" for device in found["ops"])]
+    lines += [f"{op:<18}" + "".join(f"{owners[op]:<12}" for owners in found["ops"].values()) for op in backends.OPS]
+    for kind in ("warnings", "errors"):
+        lines += ["", *(f"{kind[:-1]}: {text}" for text in found[kind])] if found[kind] else []
+    return "\n".join(lines)
+
+
+def wire(spec: str, n: int, dtype: str) -> dict[str, Any]:
+    """The layout of one message for a gradient of n elements."""
+    total = wire_bytes(spec, n, DTYPES[dtype])
+    compressor = parse(spec)
+    sent = never_larger(compressor, n, DTYPES[dtype])
+    if sent.name == "none":
+        layout = Layout([("gradient", DTYPES[dtype], n)])
+    else:
+        layout = Layout(sent.fields(n))
+    fields = [
+        {"name": name, "dtype": str(kind)[6:], "count": count, "offset": offset, "bytes": count * kind.itemsize}
+        for (name, kind, count), offset in zip(layout.fields, layout.offsets)
+    ]
+    return {
+        "spec": str(compressor), "sent_as": str(sent), "n": n, "dtype": str(DTYPES[dtype])[6:], "fields": fields, "total": total,
+        "ratio": 4 * n / total if total else 1.0,
+    }
+
+
+def _wire_text(layout: dict[str, Any]) -> str:
+    lines = [f"{'field':<12}{'dtype':<12}{'count':>14}{'offset':>14}{'bytes':>14}"]
+    lines += [f"{f['name']:<12}{f['dtype']:<12}{f['count']:>14}{f['offset']:>14}{f['bytes']:>14}" for f in layout["fields"]]
+    lines.append(f"{'total':<52}{layout['total']:>14}")
+    lines.append(f"{layout['spec']} on {layout['n']} elements of {layout['dtype']}: {layout['ratio']:.2f} times smaller than float32")
+    if layout["sent_as"] != layout["spec"]:
+        lines.append("its message would be no smaller than the gradient, so the gradient itself is sent")
+    return "\n".join(lines)
+
+
+def _show(value: dict[str, Any], text: str, path: str | None) -> None:
+    """Prints the text, or writes the value as JSON to a file or, for -, to stdout in the text's place."""
+    if path == "-":
+        print(json.dumps(value, indent=1))
+        return
+    if path:
+        Path(path).write_text(json.dumps(value, indent=1) + "\n")
+    print(text)
+
+
+def _bench(name: str, argv: list[str]) -> int:
+    module = importlib.import_module(f"commopt.bench.{name}")
+    if not hasattr(module, "add_arguments"):
+        return module.main(argv) or 0
+    parser = argparse.ArgumentParser(
+        prog=f"python -m commopt bench {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.json not in (None, "-") and not Path(args.json).resolve().parent.is_dir():
+        raise ValueError(f"--json: there is no directory {Path(args.json).resolve().parent}")  # said before hours of work, not after
+    return module.main(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m commopt", description="Compressed gradient exchange for data-parallel PyTorch training.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    json_help = "write JSON to FILE; - is standard output"
+    command = commands.add_parser("info", help="what is built, which backend serves which op, and warnings")
+    command.add_argument("--json", metavar="FILE", help=json_help)
+    command = commands.add_parser("wire", help="fields and bytes of a spec's message")
+    command.add_argument("spec", metavar="SPEC", help="for example topk:ratio=0.01")
+    command.add_argument("n", metavar="N", type=int, help="number of gradient elements, for example 25_000_000")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the gradient")
+    command.add_argument("--json", metavar="FILE", help=json_help)
+    # A bench brings its own options, see _bench: this one only knows the names.
+    names = "\n".join(f"  {name:<12}{text}" for name, text in BENCHES.items())
+    command = commands.add_parser("bench", help="measure; `bench NAME --help` tells how", epilog=f"benches:\n{names}",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHES:
+            return _bench(argv[1], argv[2:])
+        args = _parser().parse_args(argv)
+        if args.command == "info":
+            found = info()
+            _show(found, _info_text(found), args.json)
+            return 1 if found["errors"] else 0
+        layout = wire(args.spec, args.n, args.dtype)
+        _show(layout, _wire_text(layout), args.json)
+        return 0
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (RuntimeError, ImportError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

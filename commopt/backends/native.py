@@ -1,0 +1,158 @@
+"""The ops over a module of kernels: every argument is checked here, once, because C++ sees pointers and no dtypes.
+
+`_C.cpu` and `_C.cuda` take the same arguments, but for the last: the thread count, or the stream. The launchers of
+triton.py do too, with tensors in the place of the pointers and the device for the last.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .reference import TILE
+
+GRADIENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/ops.h
+_DENSE = (torch.float32, torch.bfloat16)
+
+
+def _got(t) -> str:
+    return f"{str(t.dtype)[6:]} {list(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
+
+
+class Checker:
+    """Checks the tensors of one call of `op` against the device the backend serves."""
+
+    def __init__(self, op: str, device_type: str, addresses: bool = True):
+        self.op, self.device_type, self.device, self.addresses = op, device_type, None, addresses
+
+    def tensor(self, name: str, t, dtypes, shape: tuple) -> int | Tensor:
+        """The address of t, or t; ValueError unless it has one of the dtypes, the shape (None: any), the device, dense rows."""
+        dtypes = dtypes if isinstance(dtypes, (tuple, dict)) else (dtypes,)
+        good = (
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.dtype in dtypes
+            and t.layout == torch.strided
+            and t.dim() == len(shape)
+            and all(want is None or want == have for want, have in zip(shape, t.shape))
+            and (t.numel() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1)
+            and t.device.type == self.device_type
+            and self.device in (None, t.device)
+        )
+        if good:
+            self.device = t.device
+            address = t.data_ptr()
+            if address or t.numel() == 0:
+                return address if self.addresses else t
+        wanted = " or ".join(str(d)[6:] for d in dtypes)
+        sizes = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(
+            f"{self.op}: {name} must be {wanted} [{sizes}], contiguous, on {self.device or self.device_type}, got {_got(t)}"
+        )
+
+    def input(self, x, residual, loss_scale) -> tuple:
+        address = self.tensor("x", x, GRADIENT, (None,))
+        n = x.numel()
+        kept = (0 if self.addresses else None) if residual is None else self.tensor("residual", residual, torch.float32, (n,))
+        return address, GRADIENT[x.dtype], kept, self.tensor("loss_scale", loss_scale, torch.float32, (1,)), n
+
+    def output(self, out, weight: float, first: Tensor) -> tuple:
+        address = self.tensor("out", out, GRADIENT, (None,))
+        if not isinstance(first, Tensor) or first.dim() != 2 or first.shape[0] < 1:
+            raise ValueError(f"{self.op}: a field must be [rows, count] with at least one row, got {_got(first)}")
+        stride = first.stride(0) * first.element_size()
+        return address, GRADIENT[out.dtype], float(weight), out.numel(), first.shape[0], stride
+
+    def field(self, name: str, t, dtype, rows: int, count: int | None, stride: int) -> int:
+        address = self.tensor(name, t, dtype, (rows, count))
+        if rows > 1 and t.stride(0) * t.element_size() != stride:
+            raise ValueError(f"{self.op}: the rows of {name} must lie {stride} bytes apart like those of the other fields, "
+                             f"got {t.stride(0) * t.element_size()}")
+        return address
+
+
+def code_count(n: int, bits: int) -> int:
+    return n if bits == 8 else -(-n // 2)
+
+
+_CODES = {8: torch.int8, 4: torch.uint8}
+
+
+def bind(module, device_type: str, where: Callable[[torch.device], object], addresses: bool = True) -> dict[str, Callable]:
+    """The ops of reference.py by name, served by `module`. where(device): what its functions get as their last argument.
+    addresses: whether they get a tensor as its address."""
+
+    checker = partial(Checker, device_type=device_type, addresses=addresses)
+
+    def dense_encode(x, residual, loss_scale, values) -> None:
+        c = checker("dense_encode")
+        given = c.input(x, residual, loss_scale)
+        address = c.tensor("values", values, _DENSE, (x.numel(),))
+        module.dense_encode(*given, address, GRADIENT[values.dtype], where(x.device))
+
+    def dense_decode_sum(out, weight, values) -> None:
+        c = checker("dense_decode_sum")
+        given = c.output(out, weight, values)
+        address = c.field("values", values, _DENSE, given[4], out.numel(), given[5])
+        module.dense_decode_sum(*given, address, GRADIENT[values.dtype], where(out.device))
+
+    def half_encode(x, residual, loss_scale, values, scales, block) -> None:
+        c = checker("half_encode")
+        given = c.input(x, residual, loss_scale)
+        v = c.tensor("values", values, torch.float16, (x.numel(),))
+        s = c.tensor("scales", scales, torch.float32, (-(-x.numel() // block),))
+        module.half_encode(*given, v, s, block, where(x.device))
+
+    def half_decode_sum(out, weight, values, scales, block) -> None:
+        c = checker("half_decode_sum")
+        given = c.output(out, weight, values)
+        v = c.field("values", values, torch.float16, given[4], out.numel(), given[5])
+        s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
+        module.half_decode_sum(*given, v, s, block, where(out.device))
+
+    def quant_encode(x, residual, loss_scale, codes, scales, bits, block, stochastic, draw) -> None:
+        c = checker("quant_encode")
+        given = c.input(x, residual, loss_scale)
+        q = c.tensor("codes", codes, _CODES[bits], (code_count(x.numel(), bits),))
+        s = c.tensor("scales", scales, torch.float32, (-(-x.numel() // block),))
+        module.quant_encode(*given, q, s, bits, block, stochastic, *draw, where(x.device))
+
+    def quant_decode_sum(out, weight, codes, scales, bits, block) -> None:
+        c = checker("quant_decode_sum")
+        given = c.output(out, weight, codes)
+        q = c.field("codes", codes, _CODES[bits], given[4], code_count(out.numel(), bits), given[5])
+        s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
+        module.quant_decode_sum(*given, q, s, bits, block, where(out.device))
+
+    def topk_encode(x, residual, loss_scale, values, index, starts, workspace) -> None:
+        c = checker("topk_encode")
+        given = c.input(x, residual, loss_scale)
+        v = c.tensor("values", values, torch.float32, (None,))
+        k = values.numel()
+        i = c.tensor("index", index, torch.int16, (k,))
+        s = c.tensor("starts", starts, torch.int64, (-(-x.numel() // TILE),))
+        w = c.tensor("workspace", workspace, torch.uint8, (module.topk_workspace(x.numel(), k),))
+        if k > x.numel():
+            raise ValueError(f"topk_encode: values holds k = {k} entries, but x only {x.numel()} elements")
+        module.topk_encode(*given, v, i, s, k, w, workspace.numel(), where(x.device))
+
+    def topk_decode_sum(out, weight, values, index, starts) -> None:
+        c = checker("topk_decode_sum")
+        given = c.output(out, weight, values)
+        k = values.shape[1]
+        v = c.field("values", values, torch.float32, given[4], k, given[5])
+        i = c.field("index", index, torch.int16, given[4], k, given[5])
+        s = c.field("starts", starts, torch.int64, given[4], -(-out.numel() // TILE), given[5])
+        module.topk_decode_sum(*given, v, i, s, k, where(out.device))
+
+    def sparse_add(residual, loss_scale, values, index, starts) -> None:
+        c = checker("sparse_add")
+        r = c.tensor("residual", residual, torch.float32, (None,))
+        scale = c.tensor("loss_scale", loss_scale, torch.float32, (1,))
+        v = c.tensor("values", values, torch.float32, (None,))
+        i = c.tensor("index", index, torch.int16, (values.numel(),))
+        s = c.tensor("starts", starts, torch.int64, (-(-residual.numel() // TILE),))
+        module.sparse_add(r, scale, residual.numel(), v, i, s, values.numel(), where(residual.device))
+
+    ops = {name: f for name, f in locals().items() if callable(f) and name not in ("module", "where", "checker")}
+    return ops | {"topk_workspace": module.topk_workspace}

@@ -1,0 +1,112 @@
+"""The kernels of kernels/ on CUDA or HIP, launched on torch's current stream. With TRITON_INTERPRET=1 in the environment
+before this is imported, they run on the CPU instead, to be tested without a GPU."""
+
+from types import SimpleNamespace
+
+import torch
+import triton
+
+from ..kernels import dense, half, quant, topk
+from .native import bind
+
+_TILE = 4096  # elements of one program, 16 to a thread
+_PROGRAMS = 1024  # of a kernel whose programs take many tiles each: enough to fill the device
+_WARPS = 8
+_INTERPRETED = not isinstance(dense.dense_encode, triton.JITFunction)
+
+
+def _launch(device, kernel, programs: int, *args, num_warps: int = _WARPS, **constants) -> None:
+    if programs == 0:
+        return
+    if _INTERPRETED:
+        kernel[(programs,)](*args, **constants)
+        return
+    with torch.cuda.device(device):
+        kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def _tiling(op: str, n: int, block: int) -> tuple[int, dict[str, int]]:
+    """How many programs a block-wise kernel needs, and its constants."""
+    if block < 8 or block % 8:
+        raise ValueError(f"{op}: block must be a multiple of 8, got {block}")
+    width = min(triton.next_power_of_2(block), _TILE)
+    rows = _TILE // width
+    return triton.cdiv(n, block * rows), {"BLOCK": block, "ROWS": rows, "WIDTH": width, "CHUNKS": triton.cdiv(block, width)}
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as the int32 that a kernel gets them as."""
+    return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def dense_encode(x, _, residual, loss_scale, n, values, values_dtype, device):
+    _launch(device, dense.dense_encode, triton.cdiv(n, _TILE), x, residual, loss_scale, values, n, TILE=_TILE)
+
+
+def dense_decode_sum(out, _, weight, n, rows, stride, values, values_dtype, device):
+    _launch(device, dense.dense_decode_sum, triton.cdiv(n, _TILE), out, weight, values, rows, values.stride(0), n, TILE=_TILE)
+
+
+def half_encode(x, _, residual, loss_scale, n, values, scales, block, device):
+    programs, tiling = _tiling("half_encode", n, block)
+    _launch(device, half.half_encode, programs, x, residual, loss_scale, values, scales, n, **tiling)
+
+
+def half_decode_sum(out, _, weight, n, rows, stride, values, scales, block, device):
+    programs, tiling = _tiling("half_decode_sum", n, block)
+    strides = values.stride(0), scales.stride(0)
+    _launch(device, half.half_decode_sum, programs, out, weight, values, scales, rows, *strides, n, **tiling)
+
+
+def quant_encode(x, _, residual, loss_scale, n, codes, scales, bits, block, stochastic, seed, step, stream, device):
+    programs, tiling = _tiling("quant_encode", n, block)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    _launch(
+        device, quant.quant_encode, programs, x, residual, loss_scale, codes, scales, *draw, n,
+        BITS=bits, STOCHASTIC=bool(stochastic), **tiling,
+    )
+
+
+def quant_decode_sum(out, _, weight, n, rows, stride, codes, scales, bits, block, device):
+    programs, tiling = _tiling("quant_decode_sum", n, block)
+    strides = codes.stride(0), scales.stride(0)
+    _launch(device, quant.quant_decode_sum, programs, out, weight, codes, scales, rows, *strides, n, BITS=bits, **tiling)
+
+
+def topk_workspace(n: int, k: int) -> int:
+    """Bytes of scratch for topk_encode: see kernels/topk.py. What is left in it is of no use to the next call."""
+    return 8 * (topk.ABOVE.value + 2 * triton.cdiv(n, _TILE))
+
+
+def topk_encode(x, _, residual, loss_scale, n, values, index, starts, k, workspace, nbytes, device):
+    tiles = triton.cdiv(n, _TILE)
+    programs = min(tiles, _PROGRAMS)
+    given = x, residual, loss_scale
+    work = workspace.view(torch.int64)
+    work[: topk.COUNTERS.value].zero_()
+    for digits in (0, 1, 2):
+        _launch(device, topk.topk_histogram, programs, *given, work, k, n, tiles, DIGITS=digits, TILE=_TILE)
+    _launch(device, topk.topk_count, programs, *given, work, k, n, tiles, TILE=_TILE)
+    _launch(device, topk.topk_scan, min(tiles, 1), work, k, tiles, STEP=1024)
+    _launch(device, topk.topk_emit, tiles, *given, values, index, starts, work, n, tiles, TILE=_TILE)
+
+
+def topk_decode_sum(out, _, weight, n, rows, stride, values, index, starts, k, device):
+    total = out if out.dtype == torch.float32 else torch.empty(n, dtype=torch.float32, device=device)
+    strides = values.stride(0), index.stride(0), starts.stride(0)
+    tiles = starts.shape[1]
+    _launch(
+        device, topk.topk_decode_sum, tiles, out, total, weight, values, index, starts, rows, *strides, k, n, tiles,
+        STEP=2048, num_warps=16,
+    )
+
+
+def sparse_add(residual, loss_scale, n, values, index, starts, k, device):
+    tiles = starts.shape[0]
+    given = residual, loss_scale, values, index, starts
+    _launch(device, topk.sparse_add, tiles, *given, k, n, tiles, STEP=2048, num_warps=16)
+
+
+_LAUNCHERS = {name: f for name, f in globals().items() if getattr(f, "__module__", "") == __name__ and name[0] != "_"}
+_DEVICE = "cpu" if _INTERPRETED else "cuda"
+globals().update(bind(SimpleNamespace(**_LAUNCHERS), _DEVICE, lambda device: device, addresses=False))

@@ -1,0 +1,170 @@
+"""What carries rows of bytes between ranks, on a process group of its own. One class per kind of network.
+
+Each call begins at once and returns a Pending; `wait` returns when the rows have arrived. `fill(r)` is called to write
+the row for rank r, as late as the network allows, so that one row travels while the next is encoded. When it raises, or an
+earlier phase failed, the other ranks still get a row, a poisoned one: nobody waits for a rank that gave up.
+"""
+
+from collections.abc import Callable, Generator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Fill = Callable[[int], None]
+_MARK = 16  # the first bytes of a poisoned row
+
+
+class Poison(Exception):
+    """A row of 0xff bytes arrived: its sender failed to write it, and had posted why before it sent this."""
+
+
+class Pending:
+    """What has begun: arrivals, departures, the rows to look at when they have arrived, and what already failed."""
+
+    def __init__(self, works=(), rows: tuple[Tensor, ...] = (), failed: Exception | None = None):
+        self._works, self._rows, self._failed = works, rows, failed
+
+    def wait(self) -> Exception | None:
+        """What went wrong, or None. Never raises: a rank that stopped here would leave others waiting for its next row."""
+        failed = self._failed
+        for work in self._works:
+            try:
+                work.wait()
+            except Exception as error:
+                failed = failed or error
+        for row in self._rows:
+            if failed is None and row.numel() >= _MARK and row[:_MARK].numpy().tobytes() == b"\xff" * _MARK:
+                failed = Poison()
+        return failed
+
+
+Phases = Generator[Pending, Exception | None, None]  # yields what has to arrive, gets what failed
+
+
+class Link:
+    """Rows by point-to-point messages, for gloo. Receives are posted before sends: gloo's own all-to-all posts sends
+    first and is half duplex about half of the time, and its reduce-scatter moves the bytes of a whole all-reduce."""
+
+    def __init__(self, group: dist.ProcessGroup, on_failure: Callable[[Exception], None]):
+        self.group, self.rank, self.world = group, dist.get_rank(group), dist.get_world_size(group)
+        self._peers = [dist.get_global_rank(group, r) for r in range(self.world)]
+        self._on_failure = on_failure
+
+    def all_reduce(self, x: Tensor) -> Pending:
+        return Pending([dist.all_reduce(x, group=self.group, async_op=True)])
+
+    def _others(self) -> list[int]:
+        """The other ranks, each beginning with its neighbour so that not all send to the same one first."""
+        return [(self.rank + i) % self.world for i in range(1, self.world)]
+
+    def _written(self, fill: Fill, r: int, row: Tensor, failed: Exception | None) -> Exception | None:
+        """Has the row written, or poisoned after a failure, which is returned."""
+        try:
+            if failed is None:
+                fill(r)
+                return None
+        except Exception as error:  # the others wait for this row: post why it is not what they expect, then send it
+            self._on_failure(error)
+            failed = error
+        row.fill_(0xFF)
+        return failed
+
+    def _send(self, row: Tensor, r: int, tag: int, works: list) -> None:
+        if row.numel():
+            works.append(dist.isend(row, self._peers[r], self.group, tag))
+
+    def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> tuple[Tensor, ...]:
+        arriving = [(r, rows[r, : sizes[r]]) for r in self._others() if sizes[r]]
+        works += [dist.irecv(row, self._peers[r], self.group, tag) for r, row in arriving]
+        return tuple(row for _, row in arriving)
+
+    def scatter(self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int) -> Pending:
+        """Row r of `departing` goes to rank r and arrives in row `self.rank` there. Shard sizes differ: sizes[r] bytes are
+        meant for rank r. This rank's own row is written into `arriving` by fill. The first phase of exchange `number`."""
+        works, failed, rows = [], None, ()
+        try:
+            rows = self._receive(arriving, [sizes[self.rank]] * self.world, 2 * number, works)
+            for r in self._others():
+                row = departing[r, : sizes[r]]
+                failed = self._written(fill, r, row, failed)
+                self._send(row, r, 2 * number, works)
+            failed = self._written(fill, self.rank, arriving[self.rank], failed)
+        except RuntimeError as error:  # the network: a peer is gone
+            failed = failed or error
+        return Pending(works, rows, failed)
+
+    def gather(self, rows: Tensor, sizes: list[int], fill: Fill, number: int, failed: Exception | None = None) -> Pending:
+        """Row r of every rank becomes what rank r writes there, sizes[r] bytes. The last phase of exchange `number`."""
+        works, arriving = [], ()
+        try:
+            arriving = self._receive(rows, sizes, 2 * number + 1, works)
+            own = rows[self.rank, : sizes[self.rank]]
+            failed = self._written(fill, self.rank, own, failed)
+            for r in self._others():
+                self._send(own, r, 2 * number + 1, works)
+        except RuntimeError as error:
+            failed = failed or error
+        return Pending(works, arriving, failed)
+
+
+class DeviceLink(Link):
+    """Rows by collectives on the current stream, for NCCL: each call is ordered on the device and nothing waits on the host."""
+
+    def all_reduce(self, x: Tensor) -> Pending:
+        dist.all_reduce(x, group=self.group)
+        return Pending()
+
+    def scatter(self, departing, arriving, sizes, fill, number):
+        failed = None
+        for r in self._others():
+            failed = self._written(fill, r, departing[r], failed)
+        failed = self._written(fill, self.rank, arriving[self.rank], failed)
+        departing[self.rank].copy_(arriving[self.rank])
+        dist.all_to_all_single(arriving, departing, group=self.group)
+        return Pending(failed=failed)
+
+    def gather(self, rows, sizes, fill, number, failed=None):
+        failed = self._written(fill, self.rank, rows[self.rank], failed)
+        dist.all_gather_into_tensor(rows, rows[self.rank], group=self.group)
+        return Pending(failed=failed)
+
+
+class StagedLink(Link):
+    """Rows of a device over a network that reads only host memory: CUDA tensors on gloo. Each row is copied, and waited for."""
+
+    def all_reduce(self, x: Tensor) -> Pending:
+        host = x.cpu()
+        failed = Pending([dist.all_reduce(host, group=self.group, async_op=True)]).wait()
+        x.copy_(host)
+        return Pending(failed=failed)
+
+    def scatter(self, departing, arriving, sizes, fill, number):
+        out, into = departing.cpu(), arriving.cpu()
+
+        def fill_and_copy(r: int) -> None:
+            fill(r)
+            (into if r == self.rank else out)[r].copy_((arriving if r == self.rank else departing)[r])
+
+        failed = super().scatter(out, into, sizes, fill_and_copy, number).wait()
+        arriving.copy_(into)
+        return Pending(failed=failed)
+
+    def gather(self, rows, sizes, fill, number, failed=None):
+        host = rows.cpu()
+
+        def fill_and_copy(r: int) -> None:
+            fill(r)
+            host[r].copy_(rows[r])
+
+        failed = super().gather(host, sizes, fill_and_copy, number, failed).wait()
+        rows.copy_(host)
+        return Pending(failed=failed)
+
+
+def link_for(device: torch.device, group: dist.ProcessGroup, on_failure: Callable[[Exception], None]) -> Link:
+    if device.type == "cpu":
+        kind = Link
+    else:
+        kind = StagedLink if dist.get_backend(group) == "gloo" else DeviceLink
+    return kind(group, on_failure)

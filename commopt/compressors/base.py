@@ -1,0 +1,68 @@
+"""What every compressor is: a frozen dataclass that says which fields its message has and how to fill and sum them."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..spec import Table, keys
+from ..wire import Field, Layout
+
+_table = Table("compressor")
+register, parse = _table.register, _table.parse
+
+
+class Compressor:
+    """Turns a gradient into a message and messages into their sum. Stateless: the residual belongs to the caller.
+
+    `collective` says how messages combine: "sum" (an all-reduce of the gradient itself), "gather" (every rank gets every
+    message) or "two_shot" (shards are summed by their owner, who sends the compressed sum to all).
+    `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
+    `witness` names the field that holds a NaN or an infinity exactly when the gradient did.
+    """
+
+    name: ClassVar[str]
+    collective: ClassVar[str]
+    biased: ClassVar[bool] = True
+    witness: ClassVar[str] = "values"
+    ef: bool = False  # a key of every lossy compressor
+
+    def fields(self, n: int) -> list[Field]:
+        """(name, dtype, count) of each field of the message for n gradient elements."""
+        raise NotImplementedError
+
+    def encode(self, kernels: Any, x: Tensor, residual: Tensor | None, *fields: Tensor) -> None:
+        """fields <- C(x + residual), residual <- x + residual - decoded, by the ops of `kernels` (backends.select)."""
+        raise NotImplementedError
+
+    def decode_sum(self, kernels: Any, out: Tensor, weight: float, *fields: Tensor) -> None:
+        """out <- weight * sum of the rows, in rank order. Fields are [rows, count]."""
+        raise NotImplementedError
+
+    def at(self, step: int) -> "Compressor":
+        """The compressor to use in the given compressed step, counted from 0; differs from self during a warm-up."""
+        return self
+
+
+def compressors() -> dict[str, dict[str, tuple[type, Any]]]:
+    """Name -> {key: (type, default)} of every registered compressor."""
+    return {name: keys(cls) for name, cls in sorted(_table.classes.items())}
+
+
+def never_larger(compressor: Compressor, n: int, dtype: torch.dtype = torch.float32) -> Compressor:
+    """The compressor, or `none` where its message for n gradient elements would be no smaller than the gradient itself."""
+    dense = n * dtype.itemsize
+    return compressor if Layout(compressor.fields(n)).nbytes < dense else parse("none")
+
+
+def wire_bytes(spec: str | Compressor, n: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of one message for a gradient of n elements, exact and known before the first step.
+
+    `none` sends the gradient itself. Where a message would be no smaller than that, the gradient is sent.
+    """
+    if n < 0:
+        raise ValueError(f"n must be the number of gradient elements, got {n}")
+    compressor = never_larger(parse(spec), n, dtype)
+    if compressor.name == "none":
+        return n * dtype.itemsize
+    return Layout(compressor.fields(n)).nbytes

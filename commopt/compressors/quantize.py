@@ -1,0 +1,61 @@
+from typing import ClassVar, Literal
+
+import torch
+
+from .base import Compressor, register
+
+
+class _Integers(Compressor):
+    """Blocks of `block` values that share one float32 scale, the block's largest magnitude over the number of levels L
+    (Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022; Alistarh et al., "QSGD", NeurIPS 2017).
+
+        s = max |block| / L,   q = round(x / s) in [-L, L],   decoded = q s
+
+    rounding=nearest: to nearest, ties to even; |decoded - x| <= s / 2. Deterministic, hence biased.
+    rounding=stochastic: up with the probability of the fraction; unbiased, |decoded - x| < s. The random numbers are
+        those of Philox keyed by (seed, step, stream, index): every backend draws the same.
+    A block with an infinity or a NaN travels as a NaN scale, so that all ranks see it.
+    """
+
+    bits: ClassVar[int]
+    collective = "two_shot"
+    witness = "scales"
+
+    def __post_init__(self):
+        if self.block < 8 or self.block % 8 or self.block > 65536:
+            raise ValueError(f"block must be a multiple of 8 from 8 to 65536, got {self.block}")
+
+    @property
+    def biased(self) -> bool:
+        return self.rounding == "nearest"
+
+    def fields(self, n):
+        codes = ("codes", torch.int8, n) if self.bits == 8 else ("codes", torch.uint8, -(-n // 2))
+        return [codes, ("scales", torch.float32, -(-n // self.block))]
+
+    def encode(self, kernels, x, residual, codes, scales):
+        stochastic = self.rounding == "stochastic"
+        kernels.quant_encode(x, residual, kernels.loss_scale, codes, scales, self.bits, self.block, stochastic, kernels.draw)
+
+    def decode_sum(self, kernels, out, weight, codes, scales):
+        kernels.quant_decode_sum(out, weight, codes, scales, self.bits, self.block)
+
+
+@register("int8")
+class Int8(_Integers):
+    __doc__ = "8-bit integers, L = 127; 1 + 4/block bytes per value.\n\n    " + _Integers.__doc__
+    bits = 8
+
+    block: int = 256
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    ef: bool = False
+
+
+@register("int4")
+class Int4(_Integers):
+    __doc__ = "4-bit integers, L = 7, two to a byte; 1/2 + 4/block bytes per value.\n\n    " + _Integers.__doc__
+    bits = 4
+
+    block: int = 128
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    ef: bool = True

@@ -1,0 +1,322 @@
+"""The handle: everything that belongs to one attached model, and the exchange of one bucket."""
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from .. import __version__
+from ..collectives import COLLECTIVES
+from ..collectives.link import Link, Poison, link_for
+from ..collectives.run import Runner
+from ..compressors import Compressor, parse
+from ..plan import Parameter, Plan
+from ..residual import Residuals
+from .agreement import agree
+from .grad_scaler import LossScale
+
+log = logging.getLogger("commopt")
+_numbers = itertools.count()
+
+
+class State:
+    """What `attach` returns, and the state to give to `register_comm_hook` beside `commopt.hook`.
+
+    model: the DistributedDataParallel module. spec: what to compress with, see `commopt.compressors()`.
+    rules: {"pattern|pattern": spec}; the first pattern that matches a parameter's name wins. Without a rule, parameters
+        with one dimension or fewer than 1024 elements travel exactly, in the same message.
+    group: the process group to average over, by default the model's. commopt makes groups of its own with its ranks.
+    start_step: the first step that is compressed. Before it gradients are averaged exactly. The default leaves out the
+        first step, whose buckets DDP throws away.
+    seed: of the random numbers that stochastic rounding draws; the user's random state is not touched.
+
+    Making one is a collective call: all ranks make it, with the same arguments, or all get the same RuntimeError.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, spec: str | Compressor, *, rules: dict[str, str | Compressor] | None = None,
+        group: dist.ProcessGroup | None = None, start_step: int = 1, seed: int = 0,
+    ):
+        self.spec = parse(spec)
+        self.rules = {patterns: parse(rule) for patterns, rule in (rules or {}).items()}
+        if start_step < 0:
+            raise ValueError(f"start_step must be the number of a step, 0 or more, got {start_step}")
+        if not dist.is_initialized():
+            raise RuntimeError("commopt needs a process group: call torch.distributed.init_process_group first")
+        self.start_step, self.seed = start_step, seed
+        self.step = -1
+        self._number = next(_numbers)
+        module = getattr(model, "module", model)
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self._parameters = {id(p): Parameter(n, p.shape, p.numel()) for n, p in named}
+        self._keep_alive = [p for _, p in named]  # an id is a key only while its owner lives
+        self._make_groups(group if group is not None else getattr(model, "process_group", None))
+        self._facts = {
+            "commopt": __version__, "spec": str(self.spec), "rules": {k: str(v) for k, v in self.rules.items()},
+            "start_step": start_step, "seed": seed, "world size": self.world,
+            "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
+        }
+        agree(self._control, self._facts)
+        if self.world == 1:
+            log.warning("commopt: the group has one rank, so there is nothing to exchange; gradients are compressed all the same")
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._active: tuple[Compressor, dict[str, Compressor]] | None = None  # spec and rules of this step; None is exact
+        self._paused = False
+        self._residuals = Residuals()
+        self._loss_scale = LossScale()
+        self._exchanged: set[str] = set()  # the parameters that this step has begun to exchange
+        self._plan_numbers = itertools.count()
+        self._links: dict[torch.device, tuple[Link, Runner]] = {}
+        self._error: Exception | None = None
+        self._sinks: list[tuple[Callable, int]] = []
+        self._said = False
+        self.reset_stats()
+
+    def _make_groups(self, group: dist.ProcessGroup | None) -> None:
+        """Own groups: a group shared with another thread gives silently wrong sums."""
+        group = group or dist.group.WORLD
+        ranks, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
+        if "nccl" in backend:
+            timeout = group._get_backend(torch.device("cuda")).options._timeout
+        else:
+            timeout = group._get_backend(torch.device("cpu")).options._timeout
+        make = lambda kind: dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=True)
+        self.group = make(backend)
+        self._control = self.group if backend == "gloo" else make("gloo")
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._store = dist.PrefixStore(f"commopt/{self.group.group_name}/{self._number}", dist.distributed_c10d._get_default_store())
+
+    # --- one bucket ---
+
+    def exchange(self, x: Tensor, parameters: list[Tensor]) -> Future:
+        """Averages x, the flat gradient of the parameters, in place. The future holds x. Never raises: see `_end_step`."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        try:
+            known = [self._parameters[id(p)] for p in parameters]
+            if self._error is None:
+                if self.step < 0 or known[0].name in self._exchanged:
+                    self._begin_step()
+                    if in_backward:
+                        _after_backward(self)
+                self._exchanged.update(p.name for p in known)
+                return self._send(x, known, tuple(map(id, parameters)), joined=not in_backward)
+        except Exception as error:
+            self._fail(error, "in the hook")
+        if not in_backward and self._error is not None:  # within join() nothing follows where it could be raised
+            raise self._error
+        return _completed(x)
+
+    def _send(self, x: Tensor, known: list[Parameter], key: tuple[int, ...], joined: bool) -> Future:
+        plan = self._plans.get(key) or self._make_plan(x, known, key)
+        link, runner = self._links_of(x.device)
+        plan.step, plan.loss_scale, plan.finite = self.step, self._scale_on(x.device), None
+        # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
+        residual = None if joined else plan.residual
+        self._bytes_raw += x.numel() * x.element_size()
+        self._bytes_wire += plan.sent
+        return runner.exchange(COLLECTIVES[plan.collective](plan, link, x, residual), x, lambda failure: self._done(plan, failure))
+
+    def _scale_on(self, device: torch.device) -> Tensor | None:
+        scale = self._loss_scale.value
+        return None if scale is None else scale.to(device)
+
+    def _links_of(self, device: torch.device) -> tuple[Link, Runner]:
+        if device not in self._links:
+            self._links[device] = link_for(device, self.group, lambda error: self._fail(error, "writing a message")), Runner(device)
+        return self._links[device]
+
+    def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Plan:
+        """A plan for a bucket that was not seen before. The ranks compare what they are about to do."""
+        names = {p.name for p in known}
+        self._plans = {k: p for k, p in self._plans.items() if names.isdisjoint(q.name for q in p.parameters)}
+        spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
+        plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed)
+        agree(self._control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
+        self._residuals.serve(plan)
+        self._plans[key] = plan
+        return plan
+
+    def _done(self, plan: Plan, failure: Exception | None) -> None:
+        if failure is not None:
+            first, last = plan.parameters[0].name, plan.parameters[-1].name
+            self._fail(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks "
+                                f"{dist.get_process_group_ranks(self.group)}")
+
+    # --- one step ---
+
+    def _begin_step(self) -> None:
+        self.step += 1
+        self._exchanged.clear()
+        active, compressed = None, self.step - self.start_step
+        if compressed >= 0 and not self._paused:
+            active = self.spec.at(compressed), {patterns: rule.at(compressed) for patterns, rule in self.rules.items()}
+        if active != self._active:
+            self._active, self._plans = active, {}
+        if not self._plans or self.step < 2:
+            self._loss_scale.find()
+        if self._loss_scale.updated():
+            self._residuals.follow(self._loss_scale.value)
+
+    def _end_step(self, backward_done: float) -> None:
+        """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
+        on all ranks, with the reducer in good order."""
+        self._exposed += time.perf_counter() - backward_done
+        self._steps += 1
+        finite = [plan.finite for plan in self._plans.values() if plan.finite is not None]
+        if finite and finite[0].device.type == "cpu":
+            self._nonfinite += not all(finite)
+        elif finite:
+            self._nonfinite = self._nonfinite + ~torch.stack(finite).all()
+        if self._error is not None:
+            raise self._error
+        if not self._said and self._active is not None:
+            self._said = True
+            if self.rank == 0:
+                _say(str(self))
+        for sink, every in self._sinks:
+            if self.step % every == 0:
+                sink(self.stats(), self.step)
+
+    def _fail(self, error: Exception, where: str) -> None:
+        """Records the first failure, and posts it so that all ranks raise the same."""
+        text = f"commopt: rank {self.rank} failed {where}: {type(error).__name__}: {error}"
+        try:
+            if isinstance(error, Poison):
+                text = self._store.get("abort").decode()
+            else:
+                text = self._store.compare_set("abort", "", text).decode()
+        except Exception:  # the store died with its host; every rank then tells what it saw itself
+            pass
+        if self._error is None:
+            self._error = RuntimeError(text)
+            self._error.__cause__ = None if isinstance(error, Poison) else error
+
+    # --- what the user calls ---
+
+    @property
+    def plan(self) -> list[dict]:
+        """What was decided for each bucket."""
+        return [plan.describe() for plan in self._plans.values()]
+
+    def set(self, spec: str | Compressor) -> None:
+        """Compresses with another spec from the next step on. All ranks call it between the same two steps."""
+        self.spec = parse(spec)
+        self._said = False
+
+    def pause(self) -> None:
+        """Averages exactly from the next step on; residuals wait. All ranks call it between the same two steps."""
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """Backward passes in this block average exactly."""
+        was, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = was
+
+    def detach(self) -> None:
+        """Averages exactly for ever and frees residuals and messages. DDP keeps a hook until it is deleted."""
+        self._paused, self._residuals = True, Residuals()
+        self._plans = {}
+
+    def reset_stats(self) -> None:
+        self._steps, self._bytes_raw, self._bytes_wire, self._exposed = 0, 0, 0, 0.0
+        self._nonfinite: Any = 0
+        for link, runner in getattr(self, "_links", {}).values():
+            runner.reset_clock()
+
+    def stats(self) -> dict[str, Any]:
+        """Since the start or reset_stats(), per rank: steps; bytes_raw and bytes_wire, gradients and what was handed to the
+        network for them (for an all-reduce, what a ring sends); ratio of the two; milliseconds per step of encoding (with
+        summing a shard), of rows under way (they overlap) and of decoding, and exposed_ms, what backward waited after its
+        own work was done; residual_norm; nonfinite_steps; spec: bucket number -> its specs."""
+        clocks = [runner.clock for _, runner in self._links.values()]
+        per_step = 1e3 / max(1, self._steps)
+        return {
+            "steps": self._steps,
+            "bytes_raw": self._bytes_raw,
+            "bytes_wire": self._bytes_wire,
+            "ratio": self._bytes_raw / self._bytes_wire if self._bytes_wire else 1.0,
+            **{f"{name}_ms": per_step * sum(c[name] for c in clocks) for name in ("encode", "comm", "decode")},
+            "exposed_ms": per_step * self._exposed,
+            "residual_norm": self._residuals.norm(),
+            "nonfinite_steps": int(self._nonfinite),
+            "spec": {plan.number: plan.describe()["specs"] for plan in self._plans.values()},
+        }
+
+    def log_to(self, sink: Callable[[dict, int], None], every: int = 50) -> None:
+        """Calls sink(stats, step) after every `every`-th step."""
+        self._sinks.append((sink, every))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, loadable with torch.load's default. A collective call: every rank gets the mean residual, so the
+        file of any one rank is complete and any number of ranks can load it."""
+        residual = {}
+        for name in sorted(self._residuals.views):
+            mean = self._residuals.views[name].detach().to("cpu", copy=True).mul_(1.0 / self.world)
+            dist.all_reduce(mean, group=self._control)
+            residual[name] = mean
+        return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": residual}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what state_dict returned, with any spec and world size."""
+        if state.get("version") != 1:
+            raise ValueError(f"state['version'] must be 1, got {state.get('version')!r}: is this what handle.state_dict() returned?")
+        sizes = {p.name: p.numel for p in self._parameters.values()}
+        for name, value in state["residual"].items():
+            if sizes.get(name) != value.numel():
+                raise ValueError(f"state['residual'][{name!r}] has {value.numel()} elements, but the model's parameter has {sizes.get(name, 'none')}")
+        self.step = state["step"]
+        self._exchanged = {p.name for p in self._parameters.values()}  # so that the next exchange begins a step
+        self._residuals.load(state["residual"])
+
+    def __str__(self) -> str:
+        raw, sent = (sum(d[k] for d in self.plan) for k in ("bytes_raw", "bytes_sent"))
+        return (f"commopt: {self.spec} on {len(self._plans)} buckets from step {self.start_step} on, "
+                f"{raw / 1e6:.1f} MB of gradients as {sent / 1e6:.1f} MB per rank and step")
+
+    def __getstate__(self):
+        raise TypeError("a commopt handle belongs to running process groups and cannot be pickled or copied: "
+                        "save handle.state_dict(), and attach to the new model")
+
+    def __del__(self):
+        for _, runner in getattr(self, "_links", {}).values():
+            runner.stop()
+
+
+def _say(line: str) -> None:
+    """One line for the user, also where nobody has configured logging."""
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    log.info(line)
+
+
+def _completed(x: Tensor) -> Future:
+    future: Future = Future(devices=[x.device] if x.device.type == "cuda" else None)
+    future.set_result(x)
+    return future
+
+
+def _after_backward(state: State) -> None:
+    """Has state._end_step called when this backward is over and DDP has copied the results. A callback that is queued
+    inside the hook runs before DDP's own, one that is queued by such a callback runs after it."""
+    engine = torch.autograd.Variable._execution_engine
+
+    def before() -> None:
+        computed = time.perf_counter()
+        engine.queue_callback(lambda: state._end_step(computed))
+
+    engine.queue_callback(before)

@@ -1,0 +1,196 @@
+"""What stays the same for one bucket: who is compressed how, where everything lies in the messages, and their buffers.
+
+    bucket    | conv.weight | conv.bias | fc.weight            | fc.bias |
+    parts     | topk: one stretch, small tensors inside it are zeros        |
+    exact                   | * * *     |                      | * * *   |   copied to their own field of the same message
+
+A stretch of neighbours with the same compressor is one part, encoded in one pass over memory. Small tensors inside a part
+travel exactly: their values go to the message's last field and the part sees zeros there, so that the residual of an
+exact parameter is zero for ever.
+"""
+
+import zlib
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .compressors import Compressor, never_larger, parse
+from .wire import Layout
+
+EXACT_BELOW = 1024  # a tensor with fewer elements, or with one dimension, travels exactly unless a rule says otherwise
+_SHARD = 1024  # shards of a two_shot begin at a multiple of this many elements
+
+
+class Parameter(NamedTuple):
+    name: str
+    shape: torch.Size
+    numel: int
+
+
+class Part(NamedTuple):
+    start: int
+    stop: int
+    compressor: Compressor
+
+
+def compressor_for(parameter: Parameter, default: Compressor, rules: dict[str, Compressor]) -> Compressor:
+    """The first rule with a pattern that matches the name; `a|b` are two patterns. Then: small tensors exact, others default."""
+    for patterns, compressor in rules.items():
+        if any(fnmatchcase(parameter.name, pattern) for pattern in patterns.split("|")):
+            return compressor
+    if len(parameter.shape) <= 1 or parameter.numel < EXACT_BELOW:
+        return parse("none")
+    return default
+
+
+def split(
+    parameters: list[Parameter], default: Compressor, rules: dict[str, Compressor], dtype: torch.dtype
+) -> tuple[list[Part], Tensor]:
+    """The parts of a bucket, and the positions of the elements that travel exactly inside them, int64."""
+    starts, exact, stop = [], [], 0  # where a part may begin, with what; the spans of small exact tensors
+    for parameter in parameters:
+        start, stop = stop, stop + parameter.numel
+        compressor = compressor_for(parameter, default, rules)
+        if compressor.name == "none" and parameter.numel < 64 * EXACT_BELOW:
+            exact.append((start, stop))
+        elif not starts or starts[-1][1] != compressor:
+            starts.append((start if starts else 0, compressor))
+    starts = starts or [(0, parse("none"))]
+    ends = [start for start, _ in starts[1:]] + [stop]
+    parts = [Part(start, end, never_larger(c, end - start, dtype)) for (start, c), end in zip(starts, ends)]
+    lossy = [(p.start, p.stop) for p in parts if p.compressor.name != "none"]
+    spans = [torch.arange(s, e) for s, e in exact if any(start <= s < end for start, end in lossy)]
+    return parts, torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+
+
+class Message:
+    """How one stretch of a bucket becomes a row of bytes, and rows become their sum. Positions are relative to the stretch."""
+
+    def __init__(self, parts: list[Part], exact: Tensor, device: torch.device, identity: str):
+        self.parts, self.exact = parts, exact.to(device)
+        self.kernels = [backends.select(device) for _ in parts]
+        self._streams = [zlib.crc32(f"{identity}/{i}".encode()) for i in range(len(parts))]
+        fields = [part.compressor.fields(part.stop - part.start) for part in parts]
+        self.layout = Layout([f for group in fields for f in group] + [("exact", torch.float32, exact.numel())])
+        self._counts = [len(group) for group in fields]
+        self.nbytes = self.layout.nbytes
+
+    def _fields(self, rows: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+        *views, exact = self.layout.views(rows)
+        ends = [sum(self._counts[: i + 1]) for i in range(len(self._counts))]
+        return [views[end - count : end] for count, end in zip(self._counts, ends)], exact
+
+    def encode(self, x: Tensor, residual: Tensor | None, row: Tensor, draw: tuple[int, int], loss_scale: Tensor | None) -> None:
+        """row <- the message of x, which is left with zeros where it travels exactly. draw: (seed, step)."""
+        groups, exact = self._fields(row)
+        if self.exact.numel():
+            exact.copy_(x[self.exact])
+            x.index_fill_(0, self.exact, 0)
+        for part, kernels, fields, stream in zip(self.parts, self.kernels, groups, self._streams):
+            kernels.draw = (*draw, stream)
+            if loss_scale is not None:
+                kernels.loss_scale = loss_scale
+            kept = residual[part.start : part.stop] if residual is not None and part.compressor.ef else None
+            part.compressor.encode(kernels, x[part.start : part.stop], kept, *fields)
+
+    def decode_sum(self, out: Tensor, weight: float, rows: Tensor) -> None:
+        """out <- weight * the sum of the rows, uint8 [rows, at least nbytes], in their order."""
+        groups, exact = self._fields(rows)
+        for part, kernels, fields in zip(self.parts, self.kernels, groups):
+            part.compressor.decode_sum(kernels, out[part.start : part.stop], weight, *fields)
+        if self.exact.numel():
+            total = exact[0].clone()
+            for row in exact[1:]:
+                total += row
+            out.index_copy_(0, self.exact, total.mul_(weight).to(out.dtype))
+
+    def finite(self, rows: Tensor) -> Tensor:
+        """Whether no row shows an infinity or a NaN; bool []."""
+        groups, exact = self._fields(rows)
+        seen = torch.isfinite(exact).all()
+        for part, fields in zip(self.parts, groups):
+            names = [name for name, _, _ in part.compressor.fields(part.stop - part.start)]
+            seen &= torch.isfinite(fields[names.index(part.compressor.witness)]).all()
+        return seen
+
+
+class Plan:
+    """One bucket's parameters, compressors, messages and residual. Its buffers serve one exchange in flight."""
+
+    def __init__(
+        self, number: int, parameters: list[Parameter], dtype: torch.dtype, device: torch.device, default: Compressor,
+        rules: dict[str, Compressor], rank: int, world: int, seed: int = 0,
+    ):
+        self.number, self.parameters, self.dtype, self.device = number, parameters, dtype, device
+        self.rank, self.world, self.seed, self.step = rank, world, seed, 0
+        self.n = sum(p.numel for p in parameters)
+        self.parts, self.exact = split(parameters, default, rules, dtype)
+        self.collective = self._collective()
+        self.loss_scale: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.wants_residual = self.collective != "sum" and any(part.compressor.ef for part in self.parts)
+        self.finite: Tensor | None = None
+        self.sent = 0  # bytes that this rank hands to the network in one exchange
+        if self.collective == "gather":
+            self.message = self._message(0, self.n, "gather")
+            self.rows = self._rows(self.message.nbytes)
+            self.sent = (world - 1) * self.message.nbytes
+        elif self.collective == "two_shot":
+            self._cut()
+        else:
+            self.sent = 2 * (world - 1) * self.n * dtype.itemsize // world  # of a ring or halving all-reduce
+
+    def _collective(self) -> str:
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16) or self.n == 0:
+            return "sum"
+        lossy = {part.compressor.collective for part in self.parts if part.compressor.name != "none"}
+        if len(lossy) > 1:
+            return "gather"  # every compressor's messages can be gathered
+        return lossy.pop() if lossy else "sum"
+
+    def _message(self, start: int, stop: int, phase: str) -> Message:
+        parts = [
+            Part(max(p.start, start) - start, min(p.stop, stop) - start, p.compressor)
+            for p in self.parts if p.start < stop and p.stop > start
+        ]
+        exact = self.exact[(self.exact >= start) & (self.exact < stop)] - start
+        return Message(parts, exact, self.device, f"{self.parameters[0].name}/{phase}/{start}/{self.rank}")
+
+    def _rows(self, nbytes: int) -> Tensor:
+        return torch.zeros(self.world, nbytes, dtype=torch.uint8, device=self.device)
+
+    def _cut(self) -> None:
+        """Shard r of the bucket belongs to rank r, who sums it."""
+        size = -(-self.n // (self.world * _SHARD)) * _SHARD
+        self.shards = [(min(r * size, self.n), min((r + 1) * size, self.n)) for r in range(self.world)]
+        self.shares = [self._message(start, stop, "share") for start, stop in self.shards]
+        self.sum = self._message(*self.shards[self.rank], "sum")
+        longest = max(m.nbytes for m in self.shares)
+        self.departing, self.arriving, self.sums = self._rows(longest), self._rows(longest), self._rows(longest)
+        own = self.shares[self.rank].nbytes
+        self.sent = sum(m.nbytes for m in self.shares) - own + (self.world - 1) * own
+
+    @property
+    def draw(self) -> tuple[int, int]:
+        return self.seed, self.step
+
+    @property
+    def weight(self) -> float:
+        return 1.0 / self.world
+
+    def kept(self, start: int, stop: int) -> Tensor | None:
+        return None if self.residual is None else self.residual[start:stop]
+
+    def describe(self) -> dict:
+        return {
+            "parameters": [p.name for p in self.parameters],
+            "elements": self.n,
+            "exact_elements": self.exact.numel() if self.collective != "sum" else self.n,
+            "specs": sorted({str(p.compressor) for p in self.parts}),
+            "collective": self.collective,
+            "bytes_raw": self.n * self.dtype.itemsize,
+            "bytes_sent": self.sent,
+        }

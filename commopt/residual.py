@@ -1,0 +1,69 @@
+"""What each rank has not sent yet, keyed by parameter name: DDP rebuilds its buckets, and a residual must move with its
+parameters. One float32 copy of the compressed gradients, held as one flat tensor per plan, with a view per parameter."""
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+
+
+class Residuals:
+    def __init__(self):
+        self.views: dict[str, Tensor] = {}  # name -> float32 [numel], a view of a plan's flat residual or a loaded tensor
+        self._flats: dict[int, tuple[Plan, Tensor, Tensor | None]] = {}  # plan number -> plan, residual, undo
+        self._scale: Tensor | None = None
+
+    def serve(self, plan: Plan) -> None:
+        """Gives a new plan its residual, made of what its parameters had before."""
+        names = [p.name for p in plan.parameters]
+        if not plan.wants_residual:
+            return
+        for number, (old, flat, undo) in list(self._flats.items()):
+            if [p.name for p in old.parameters] == names and flat.device == plan.device:
+                plan.residual = flat  # the same bucket with another spec: nothing moves
+                del self._flats[number]
+                self._flats[plan.number] = (plan, flat, undo)
+                return
+        flat = torch.zeros(plan.n, dtype=torch.float32, device=plan.device)
+        for name, view in zip(names, flat.split([p.numel for p in plan.parameters])):
+            if name in self.views:
+                view.copy_(self.views[name])
+            self.views[name] = view
+        plan.residual = flat
+        held = {view.untyped_storage().data_ptr() for view in self.views.values()}
+        self._flats = {i: f for i, f in self._flats.items() if f[1].untyped_storage().data_ptr() in held}
+        self._flats[plan.number] = (plan, flat, None if self._scale is None else flat.clone())
+
+    def follow(self, scale: Tensor) -> None:
+        """Called before a step's first exchange, when a GradScaler has decided about the step before it. A lower scale
+        means that it skipped that step: every residual goes back to what it was before. Decided on the device.
+
+        scale: float32 [1], the loss scale now. Costs a copy of the residual, which nothing needs without a GradScaler.
+        """
+        if self._scale is None:
+            self._scale = scale.clone()
+        taken = scale >= self._scale.to(scale.device)
+        for number, (plan, flat, undo) in self._flats.items():
+            if undo is None:
+                undo = flat.clone()
+            else:
+                torch.where(taken.to(flat.device), flat, undo, out=undo)
+                flat.copy_(undo)
+            self._flats[number] = (plan, flat, undo)
+        self._scale.copy_(scale)
+
+    def norm(self) -> float:
+        norms = [torch.linalg.vector_norm(flat).cpu() for _, flat, _ in self._flats.values()]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Takes over saved residuals, float32 of any shape; parameters without one start from nothing."""
+        for name, view in self.views.items():
+            if name not in values:
+                view.zero_()
+        for name, value in values.items():
+            flat = value.detach().to(torch.float32).reshape(-1)
+            if name in self.views:
+                self.views[name].copy_(flat)
+            else:
+                self.views[name] = flat.clone()

@@ -1,0 +1,75 @@
+// commopt._C: one line per op and no logic. Pointers and streams come as integers; the checks are in commopt/backends/native.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/run.h"
+#include "ops.h"
+#ifdef COMMOPT_CUDA
+#include "cuda/run.h"
+#endif
+
+namespace py = pybind11;
+using namespace commopt;
+using ptr = uintptr_t;
+
+namespace {
+
+template <class T> T* at(ptr p) { return reinterpret_cast<T*>(p); }
+
+// `where` is the thread count on the CPU and the stream on CUDA. The GIL is free while a kernel runs or is launched.
+template <class Run> void bind_ops(py::module_ m, Run run) {
+  using Free = py::call_guard<py::gil_scoped_release>;
+  m.def("dense_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, int values_dtype, int64_t where) {
+    run(DenseEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<void>(values), values_dtype}, where);
+  }, Free());
+  m.def("dense_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, int values_dtype, int64_t where) {
+    run(DenseDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<void>(values), values_dtype}, where);
+  }, Free());
+  m.def("half_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr scales, int block, int64_t where) {
+    run(HalfEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint16_t>(values), at<float>(scales), block}, where);
+  }, Free());
+  m.def("half_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, ptr scales, int block, int64_t where) {
+    run(HalfDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint16_t>(values), at<float>(scales), block}, where);
+  }, Free());
+  m.def("quant_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr codes, ptr scales, int bits, int block, bool stochastic,
+                            uint64_t seed, uint32_t step, uint32_t stream, int64_t where) {
+    run(QuantEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint8_t>(codes), at<float>(scales), bits, block,
+                    stochastic, seed, step, stream}, where);
+  }, Free());
+  m.def("quant_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr codes, ptr scales, int bits, int block, int64_t where) {
+    run(QuantDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint8_t>(codes), at<float>(scales), bits, block}, where);
+  }, Free());
+  m.def("topk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, ptr workspace,
+                           int64_t workspace_bytes, int64_t where) {
+    run(TopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,
+                   at<uint8_t>(workspace), workspace_bytes}, where);
+  }, Free());
+  m.def("topk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, ptr index, ptr starts, int64_t k, int64_t where) {
+    run(TopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k}, where);
+  }, Free());
+  m.def("sparse_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, int64_t where) {
+    run(SparseAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k}, where);
+  }, Free());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of commopt. Call them through commopt.backends, which checks the arguments.";
+
+  auto cpu = m.def_submodule("cpu");
+  bind_ops(cpu, [](const auto& op, int64_t threads) { commopt::cpu::run(op, (int)threads); });
+  cpu.def("topk_workspace", &commopt::cpu::topk_workspace);
+  cpu.def("axpy", [](ptr r, ptr g, int64_t n, int threads) { commopt::cpu::axpy(at<float>(r), at<float>(g), n, threads); });
+  cpu.def("isas", &commopt::cpu::isas, "instruction sets this machine runs, mildest first");
+  cpu.def("isa", &commopt::cpu::isa, "the one in use");
+  cpu.def("use_isa", &commopt::cpu::use_isa, "force one; ValueError names those that run here");
+
+#ifdef COMMOPT_CUDA
+  auto cuda = m.def_submodule("cuda");
+  bind_ops(cuda, [](const auto& op, int64_t stream) { commopt::cuda::run(op, reinterpret_cast<cudaStream_t>(stream)); });
+  cuda.def("topk_workspace", &commopt::cuda::topk_workspace);
+  cuda.attr("archs") = COMMOPT_CUDA;
+  cuda.attr("runtime") = CUDART_VERSION;
+#endif
+}

@@ -1,0 +1,102 @@
+// Which table of kernels runs, and how an op is split over threads.
+#include <algorithm>
+#include <stdexcept>
+
+#include "exact_topk.h"
+#include "pool.h"
+#include "run.h"
+#include "table.h"
+
+namespace commopt::cpu {
+namespace {
+
+std::vector<const Table*> supported() {
+  std::vector<const Table*> tables{&table_base};
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) tables.push_back(&table_avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"))
+    tables.push_back(&table_avx512);
+  return tables;
+}
+
+const Table* chosen = supported().back();
+
+// A thread is worth waking for this many elements; with fewer it costs more time than it saves.
+constexpr int64_t kWorthwhile = 32768;
+
+// Calls run(begin, end) for ranges that together are [0, n), each beginning at a multiple of `unit`.
+template <class Run> void split(int64_t n, int64_t unit, int threads, Run run) {
+  if (n == 0) return;
+  threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, n / kWorthwhile));
+  const int64_t wanted = threads == 1 ? n : std::max(kWorthwhile, n / (threads * 4));
+  const int64_t size = (wanted + unit - 1) / unit * unit;
+  parallel((n + size - 1) / size, threads, [=](int64_t i) { run(i * size, std::min(n, (i + 1) * size)); });
+}
+
+}  // namespace
+
+void run(const DenseEncode& op, int threads) {
+  split(op.in.n, 64, threads, [&](int64_t begin, int64_t end) { chosen->dense_encode(op, begin, end); });
+}
+void run(const DenseDecodeSum& op, int threads) {
+  split(op.out.n, 64, threads, [&](int64_t begin, int64_t end) { chosen->dense_decode_sum(op, begin, end); });
+}
+void run(const HalfEncode& op, int threads) {
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->half_encode(op, begin, end); });
+}
+void run(const HalfDecodeSum& op, int threads) {
+  split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->half_decode_sum(op, begin, end); });
+}
+void run(const QuantEncode& op, int threads) {
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_encode(op, begin, end); });
+}
+void run(const QuantDecodeSum& op, int threads) {
+  split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_decode_sum(op, begin, end); });
+}
+void run(const TopkEncode& op, int threads) {
+  topk_encode(*chosen, op, (int)std::max<int64_t>(1, std::min<int64_t>(threads, op.in.n / kWorthwhile)));
+}
+void run(const TopkDecodeSum& op, int threads) {
+  split(op.out.n, kTile, threads, [&](int64_t begin, int64_t end) { chosen->topk_decode_sum(op, begin, end); });
+}
+void run(const SparseAdd& op, int) {
+  DefaultFloats floats;
+  const float inverse = 1.0f / *op.loss_scale;
+  const int64_t tiles = (op.n + kTile - 1) / kTile;
+  int64_t from = 0;
+  if (tiles > 0) from = std::min(std::max<int64_t>(op.starts[0], 0), op.k);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t to = tile + 1 < tiles ? std::max(from, std::min(op.starts[tile + 1], op.k)) : op.k;
+    for (; from < to; ++from) {
+      const int64_t at = tile * kTile + op.index[from];
+      if (at < op.n) op.residual[at] = op.residual[at] + op.values[from] * inverse;
+    }
+  }
+}
+
+void axpy(float* r, const float* g, int64_t n, int threads) {
+  split(n, 64, threads, [&](int64_t begin, int64_t end) { chosen->axpy(r, g, 1.0f, begin, end); });
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Table* table : supported()) names.push_back(table->name);
+  return names;
+}
+
+std::string isa() { return chosen->name; }
+
+void use_isa(const std::string& name) {
+  std::string known;
+  for (const Table* table : supported()) {
+    if (name == table->name) {
+      chosen = table;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(table->name);
+  }
+  throw std::invalid_argument("isa must be one of " + known + ", got '" + name + "'");
+}
+
+}  // namespace commopt::cpu

@@ -1,0 +1,25 @@
+// Compiled once per instruction set with COMMOPT_ISA = base, avx2 or avx512; exports that one table and nothing else.
+// Everything here is internal and no standard library is included: a symbol that the linker shares between the objects
+// could carry an instruction that the machine lacks.
+#include "table.h"
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns inside its own AVX-512 header
+
+#include "dense.h"
+#include "half.h"
+#include "quant.h"
+#include "topk.h"
+
+namespace commopt::cpu {
+
+#define COMMOPT_JOIN2(a, b) a##b
+#define COMMOPT_JOIN(a, b) COMMOPT_JOIN2(a, b)
+#define COMMOPT_TEXT2(a) #a
+#define COMMOPT_TEXT(a) COMMOPT_TEXT2(a)
+
+const Table COMMOPT_JOIN(table_, COMMOPT_ISA) = {
+    COMMOPT_TEXT(COMMOPT_ISA), dense_encode, dense_decode_sum, half_encode, half_decode_sum, quant_encode,
+    quant_decode_sum, topk_scan, topk_keys, topk_emit, topk_decode_sum, axpy,
+};
+
+}  // namespace commopt::cpu

@@ -1,0 +1,53 @@
+// As many 64-bit lanes as the instruction set has, with the operations that Philox needs.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "../codec/bits.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 8;
+using Lanes = __m512i;
+CODEC Lanes all(uint64_t x) { return _mm512_set1_epi64((long long)x); }
+CODEC Lanes load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+CODEC void save(void* p, Lanes a) { _mm512_storeu_si512(p, a); }
+CODEC Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi64(a, b); }
+CODEC Lanes product(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
+CODEC Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
+CODEC Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+CODEC Lanes joined(Lanes low, Lanes high) { return _mm512_mask_blend_epi32(0xaaaa, low, _mm512_slli_epi64(high, 32)); }
+CODEC Lanes evens(Lanes a, Lanes b) { return _mm512_unpacklo_epi64(a, b); }
+CODEC Lanes odds(Lanes a, Lanes b) { return _mm512_unpackhi_epi64(a, b); }
+#elif defined(__AVX2__)
+constexpr int kLanes = 4;
+using Lanes = __m256i;
+CODEC Lanes all(uint64_t x) { return _mm256_set1_epi64x((long long)x); }
+CODEC Lanes load(const uint64_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+CODEC void save(void* p, Lanes a) { _mm256_storeu_si256((__m256i*)p, a); }
+CODEC Lanes plus(Lanes a, Lanes b) { return _mm256_add_epi64(a, b); }
+CODEC Lanes product(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
+CODEC Lanes high(Lanes a) { return _mm256_srli_epi64(a, 32); }
+CODEC Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+CODEC Lanes joined(Lanes low, Lanes high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xaa); }
+CODEC Lanes evens(Lanes a, Lanes b) { return _mm256_unpacklo_epi64(a, b); }
+CODEC Lanes odds(Lanes a, Lanes b) { return _mm256_unpackhi_epi64(a, b); }
+#else
+constexpr int kLanes = 2;
+using Lanes = __m128i;
+CODEC Lanes all(uint64_t x) { return _mm_set1_epi64x((long long)x); }
+CODEC Lanes load(const uint64_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+CODEC void save(void* p, Lanes a) { _mm_storeu_si128((__m128i*)p, a); }
+CODEC Lanes plus(Lanes a, Lanes b) { return _mm_add_epi64(a, b); }
+CODEC Lanes product(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
+CODEC Lanes high(Lanes a) { return _mm_srli_epi64(a, 32); }
+CODEC Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(a, b), c); }
+CODEC Lanes joined(Lanes low, Lanes high) {
+  return _mm_or_si128(_mm_and_si128(low, _mm_set1_epi64x(0xffffffff)), _mm_slli_epi64(high, 32));
+}
+CODEC Lanes evens(Lanes a, Lanes b) { return _mm_unpacklo_epi64(a, b); }
+CODEC Lanes odds(Lanes a, Lanes b) { return _mm_unpackhi_epi64(a, b); }
+#endif
+
+}  // namespace

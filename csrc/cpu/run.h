@@ -1,0 +1,26 @@
+// The CPU backend: run(op, threads) for every op in ops.h. Same bits for every instruction set and thread count.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "../ops.h"
+
+namespace commopt::cpu {
+
+void run(const DenseEncode&, int threads);
+void run(const DenseDecodeSum&, int threads);
+void run(const HalfEncode&, int threads);
+void run(const HalfDecodeSum&, int threads);
+void run(const QuantEncode&, int threads);
+void run(const QuantDecodeSum&, int threads);
+void run(const TopkEncode&, int threads);
+void run(const TopkDecodeSum&, int threads);
+void run(const SparseAdd&, int threads);
+
+int64_t topk_workspace(int64_t n, int64_t k);  // bytes
+void axpy(float* r, const float* g, int64_t n, int threads);  // r += g, what the benches compare with
+std::vector<std::string> isas();
+std::string isa();
+void use_isa(const std::string& name);
+
+}  // namespace commopt::cpu

@@ -1,0 +1,62 @@
+// What one instruction set provides: each op on a range of elements that begins at a multiple of its block.
+#pragma once
+#include "../ops.h"
+
+namespace commopt::cpu {
+
+// One thread's share of a top-k scan and the candidates it found, in the order of their index.
+struct TopkPart {
+  int64_t begin, end;  // elements
+  int64_t done;        // those before this one have been scanned, and their residual written
+  int64_t kept;        // those before this one have acc / loss_scale in the residual, x is no longer needed
+  int first, last;     // chain of segments, -1: none
+  int64_t found;       // candidates at or above the threshold
+  uint32_t* histogram; // kBins counts of (key - threshold) >> kBinShift
+};
+
+constexpr int kBins = 2048, kBinShift = 14;  // four octaves above the threshold, the last bin takes what is higher
+
+// Candidates live in segments that the parts draw from one store, so that no part is too small for its share.
+constexpr int kSegment = 512, kGroup = 64;  // entries in a segment; elements scanned between two looks at its room
+constexpr int kSlack = 16;                   // entries that a whole vector may write beyond those it means
+struct Segment {
+  uint32_t offset[kSegment];  // element, from the beginning of its part
+  float acc[kSegment];
+};
+struct SegmentStore {
+  Segment* segments;
+  int *next, *count;
+  int capacity, used;  // used: drawn atomically
+};
+
+struct TopkScan {
+  TopkEncode op;
+  uint32_t threshold;  // keys from here on are candidates
+  uint32_t lossy;      // 1, or nonzero keys below are too: residual / loss_scale * loss_scale would not give them back
+  SegmentStore* store;
+};
+
+struct TopkEmit {
+  TopkEncode op;
+  SegmentStore* store;
+  uint32_t kth;  // key of the smallest that is sent
+};
+
+struct Table {
+  const char* name;
+  void (*dense_encode)(const DenseEncode&, int64_t begin, int64_t end);
+  void (*dense_decode_sum)(const DenseDecodeSum&, int64_t begin, int64_t end);
+  void (*half_encode)(const HalfEncode&, int64_t begin, int64_t end);
+  void (*half_decode_sum)(const HalfDecodeSum&, int64_t begin, int64_t end);
+  void (*quant_encode)(const QuantEncode&, int64_t begin, int64_t end);
+  void (*quant_decode_sum)(const QuantDecodeSum&, int64_t begin, int64_t end);
+  bool (*topk_scan)(const TopkScan&, TopkPart&);  // false: out of segments, part.done tells how far it came
+  int64_t (*topk_keys)(const SegmentStore&, const TopkPart&, uint32_t low, uint32_t high, uint32_t* keys);  // of its candidates
+  void (*topk_emit)(const TopkEmit&, const TopkPart&, int64_t position, int64_t ties);
+  void (*topk_decode_sum)(const TopkDecodeSum&, int64_t begin, int64_t end);  // begin: multiple of kTile
+  void (*axpy)(float* r, const float* g, float s, int64_t begin, int64_t end);
+};
+
+extern const Table table_base, table_avx2, table_avx512;
+
+}  // namespace commopt::cpu

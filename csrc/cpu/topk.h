@@ -1,0 +1,273 @@
+// The loops of exact top-k; topk.cpp says how they fit together.
+#pragma once
+#include "table.h"
+#include "values.h"
+
+namespace {
+
+using namespace commopt::cpu;
+using commopt::kTile;
+using commopt::TopkDecodeSum;
+using commopt::TopkEncode;
+
+// --- lists of candidates: acc and the element's offset in its part ---
+
+// Copies the entries whose key lies in [low, high] to `to`, in order, from to[0] on; returns how many. offset + i is the
+// second half of an entry where `offsets` is null. Writes whole vectors: `to` needs room for `count` and kSlack more.
+#if defined(__AVX512F__)
+CODEC int pick(const float* acc, const uint32_t* offsets, uint32_t offset, int count, uint32_t low, uint32_t high, float* to, uint32_t* to_offset) {
+  const __m512i from = _mm512_set1_epi32((int)low), width = _mm512_set1_epi32((int)(high - low));
+  __m512i lane = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)offset));
+  int held = 0;
+  for (int i = 0; i < count; i += 16) {
+    const __mmask16 here = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
+    const __m512i bits = _mm512_maskz_loadu_epi32(here, acc + i), key = _mm512_and_epi32(bits, _mm512_set1_epi32(0x7fffffff));
+    const __mmask16 take = _mm512_mask_cmple_epu32_mask(here, _mm512_sub_epi32(key, from), width);
+    // Compressed in a register and stored whole: compressing into memory is slow on some machines.
+    _mm512_storeu_si512(to + held, _mm512_maskz_compress_epi32(take, bits));
+    _mm512_storeu_si512(to_offset + held, _mm512_maskz_compress_epi32(take, offsets ? _mm512_maskz_loadu_epi32(here, offsets + i) : lane));
+    lane = _mm512_add_epi32(lane, _mm512_set1_epi32(16));
+    held += __builtin_popcount(take);
+  }
+  return held;
+}
+#elif defined(__AVX2__)
+struct Compress8 {
+  uint32_t lanes[256][8];
+  constexpr Compress8() : lanes() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 0, at = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) lanes[mask][at++] = (uint32_t)lane;
+  }
+};
+constexpr Compress8 kCompress8;
+
+CODEC int pick(const float* acc, const uint32_t* offsets, uint32_t offset, int count, uint32_t low, uint32_t high, float* to, uint32_t* to_offset) {
+  const __m256i from = _mm256_set1_epi32((int)low), width = _mm256_set1_epi32((int)(high - low));
+  int held = 0, i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)(acc + i));
+    const __m256i above = _mm256_sub_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), from);
+    const __m256i take = _mm256_cmpeq_epi32(_mm256_min_epu32(above, width), above);
+    const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(take));
+    const __m256i lanes = _mm256_loadu_si256((const __m256i*)kCompress8.lanes[mask]);
+    const __m256i second = offsets ? _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(offsets + i)), lanes)
+                                   : _mm256_add_epi32(lanes, _mm256_set1_epi32((int)offset + i));
+    _mm256_storeu_si256((__m256i*)(to + held), _mm256_permutevar8x32_epi32(bits, lanes));
+    _mm256_storeu_si256((__m256i*)(to_offset + held), second);
+    held += __builtin_popcount((unsigned)mask);
+  }
+  for (; i < count; ++i) {
+    to[held] = acc[i];
+    to_offset[held] = offsets ? offsets[i] : offset + (uint32_t)i;
+    held += magnitude(acc[i]) - low <= high - low;
+  }
+  return held;
+}
+#else
+CODEC int pick(const float* acc, const uint32_t* offsets, uint32_t offset, int count, uint32_t low, uint32_t high, float* to, uint32_t* to_offset) {
+  int held = 0;
+  for (int i = 0; i < count; ++i) {
+    to[held] = acc[i];
+    to_offset[held] = offsets ? offsets[i] : offset + (uint32_t)i;
+    held += magnitude(acc[i]) - low <= high - low;
+  }
+  return held;
+}
+#endif
+
+// --- scan: acc = x + residual * loss_scale; candidates go to the list and leave 0 behind, the others their acc ---
+
+inline void count_keys(Segment* segment, int held, uint32_t threshold, TopkPart& part) {
+  for (int i = 0; i < held; ++i) segment->acc[i] = canonical(segment->acc[i]);
+  int low = 0;
+  for (int i = 0; i < held; ++i) {
+    uint32_t key = magnitude(segment->acc[i]);
+    uint32_t bin = (key - threshold) >> kBinShift;  // huge for the lossy ones, which do not count
+    ++part.histogram[bin < (uint32_t)kBins ? bin : (uint32_t)kBins - 1];
+    low += key < threshold;
+  }
+  part.histogram[kBins - 1] -= (uint32_t)low;
+  part.found += held - low;
+}
+
+template <class A, class B> struct Same { char no; };
+template <class A> struct Same<A, A> { char yes[2]; };
+struct Kept : F32 {};  // in place of the gradient's format: all of acc is in the residual
+
+// Scans up to `end` and appends to the part's list.
+template <class X, bool kResidual, bool kLossy> bool topk_scan_loop(const TopkScan& scan, TopkPart& part, int64_t end) {
+  constexpr bool kKept = sizeof(Same<X, Kept>) > 1;
+  const typename X::Stored* __restrict x = (const typename X::Stored*)scan.op.in.x;
+  float* __restrict residual = scan.op.in.residual;
+  const float scale = *scan.op.in.loss_scale, inverse = divide(1.0f, scale), sent = mul(0.0f, inverse);
+  const uint32_t threshold = scan.threshold, lossy = scan.lossy;
+  SegmentStore& store = *scan.store;
+  Segment* segment = nullptr;
+  int held = kSegment;
+  alignas(64) float acc[kGroup];
+  bool room = true;
+  int64_t at = part.done;
+  for (; at < end; at += kGroup) {
+    if (held > kSegment - kGroup - kSlack) {
+      int drawn = __atomic_fetch_add(&store.used, 1, __ATOMIC_RELAXED);
+      if (drawn >= store.capacity) {
+        room = false;
+        break;
+      }
+      if (segment) {
+        store.count[part.last] = held;
+        count_keys(segment, held, threshold, part);
+      }
+      if (part.first < 0) part.first = drawn;
+      else store.next[part.last] = drawn;
+      part.last = drawn;
+      store.next[drawn] = -1;
+      segment = store.segments + drawn;
+      held = 0;
+    }
+    const int count = (int)least(kGroup, end - at);
+    if (!kKept) prefetch(x + at, kGroup);
+    if (kResidual) prefetch(residual + at, kGroup);
+    uint32_t any = 0;
+    for (int i = 0; i < count; ++i) {
+      const float old = kResidual ? residual[at + i] : 0.0f;
+      const float a = kKept ? mul(old, scale) : kResidual ? accumulate(X::load(x[at + i]), old, scale) : X::load(x[at + i]);
+      const uint32_t key = magnitude(a), take = (key >= threshold) | (kLossy && key - 1 < lossy - 1);
+      acc[i] = a;
+      any |= take;
+      if (kResidual) residual[at + i] = take ? (key >= kNonFinite ? old : sent) : mul(a, inverse);
+    }
+    if (!any) continue;
+    const uint32_t offset = (uint32_t)(at - part.begin);
+    if (kLossy) {
+      for (int i = 0; i < count; ++i) {
+        const uint32_t key = magnitude(acc[i]);
+        segment->acc[held] = acc[i];
+        segment->offset[held] = offset + (uint32_t)i;
+        held += (key >= threshold) | (key - 1 < lossy - 1);
+      }
+    } else {
+      held += pick(acc, nullptr, offset, count, threshold, 0x7fffffffu, segment->acc + held, segment->offset + held);
+    }
+  }
+  part.done = least(at, end);
+  if (segment) {
+    store.count[part.last] = held;
+    count_keys(segment, held, threshold, part);
+  }
+  return room;
+}
+
+bool topk_scan(const TopkScan& scan, TopkPart& part) {
+  bool room = false;
+  with_dtype(scan.op.in.dtype, [&](auto x) {
+    using X = decltype(x);
+    const bool residual = scan.op.in.residual != nullptr, lossy = scan.lossy > 1;
+    if (part.done < part.kept) {
+      room = lossy ? topk_scan_loop<Kept, true, true>(scan, part, part.kept) : topk_scan_loop<Kept, true, false>(scan, part, part.kept);
+      if (!room) return;
+    }
+    if (!residual) room = topk_scan_loop<X, false, false>(scan, part, part.end);
+    else if (lossy) room = topk_scan_loop<X, true, true>(scan, part, part.end);
+    else room = topk_scan_loop<X, true, false>(scan, part, part.end);
+    if (residual && part.done > part.kept) part.kept = part.done;
+  });
+  return room;
+}
+
+int64_t topk_keys(const SegmentStore& store, const TopkPart& part, uint32_t low, uint32_t high, uint32_t* keys) {
+  float acc[kSegment + kSlack];
+  uint32_t offset[kSegment + kSlack];
+  int64_t found = 0;
+  for (int s = part.first; s >= 0; s = store.next[s]) {
+    const int count = pick(store.segments[s].acc, store.segments[s].offset, 0, store.count[s], low, high, acc, offset);
+    for (int i = 0; i < count; ++i) keys[found + i] = magnitude(acc[i]);
+    found += count;
+  }
+  return found;
+}
+
+// --- emit: the candidates from kth on go to the message, the others back to the residual ---
+
+// One at a time, for a part in which not all that equal kth are sent.
+void topk_emit_some(const TopkEmit& emit, const TopkPart& part, int64_t position, int64_t ties) {
+  const TopkEncode& op = emit.op;
+  const float inverse = divide(1.0f, *op.in.loss_scale);
+  int64_t tile = part.begin / kTile;
+  for (int s = part.first; s >= 0; s = emit.store->next[s]) {
+    const Segment& segment = emit.store->segments[s];
+    for (int i = 0; i < emit.store->count[s]; ++i) {
+      const float acc = segment.acc[i];
+      const uint32_t key = magnitude(acc);
+      const int64_t at = part.begin + segment.offset[i];
+      if (key > emit.kth || (key == emit.kth && ties-- > 0)) {
+        for (; tile * kTile <= at; ++tile) op.starts[tile] = position;
+        op.values[position] = acc;
+        op.index[position++] = (uint16_t)at;
+      } else if (op.in.residual && key < kNonFinite) {
+        op.in.residual[at] = mul(acc, inverse);
+      }
+    }
+  }
+  for (; tile * kTile < part.end; ++tile) op.starts[tile] = position;
+}
+
+// ties: how many of those that equal kth this part may send; -1 for all.
+void topk_emit(const TopkEmit& emit, const TopkPart& part, int64_t position, int64_t ties) {
+  if (ties >= 0) return topk_emit_some(emit, part, position, ties);
+  const TopkEncode& op = emit.op;
+  float* const residual = op.in.residual ? op.in.residual + part.begin : nullptr;
+  const float inverse = divide(1.0f, *op.in.loss_scale);
+  float acc[kSegment + kSlack];
+  uint32_t offset[kSegment + kSlack];
+  int64_t tile = part.begin / kTile;
+  for (int s = part.first; s >= 0; s = emit.store->next[s]) {
+    const Segment& segment = emit.store->segments[s];
+    const int held = emit.store->count[s];
+    int count = emit.kth > kNaN ? 0 : pick(segment.acc, segment.offset, 0, held, emit.kth, 0x7fffffffu, acc, offset);
+    memcpy(op.values + position, acc, (size_t)count * 4);
+    for (int i = 0; i < count; ++i) op.index[position + i] = (uint16_t)offset[i];
+    while (count > 0 && tile * kTile <= part.begin + offset[count - 1]) {
+      int before = 0;
+      for (int i = 0; i < count; ++i) before += part.begin + offset[i] < tile * kTile;
+      op.starts[tile++] = position + before;
+    }
+    position += count;
+    if (residual && emit.kth > 0) {
+      count = pick(segment.acc, segment.offset, 0, held, 0, emit.kth - 1, acc, offset);
+      for (int i = 0; i < count; ++i)
+        if (magnitude(acc[i]) < kNonFinite) residual[offset[i]] = mul(acc[i], inverse);
+    }
+  }
+  for (; tile * kTile < part.end; ++tile) op.starts[tile] = position;
+}
+
+// --- decode ---
+
+template <class Out> void topk_decode_loop(const TopkDecodeSum& op, int64_t begin, int64_t end) {
+  typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
+  alignas(64) float sum[kTile];
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t tile = first / kTile, count = least(kTile, end - first);
+    memset(sum, 0, (size_t)count * 4);
+    for (int64_t w = 0; w < op.out.rows; ++w) {
+      const float* values = row(op.values, op.out.stride, w);
+      const uint16_t* index = row(op.index, op.out.stride, w);
+      const int64_t* starts = row(op.starts, op.out.stride, w);
+      int64_t from = 0;
+      for (int64_t t = 0; t <= tile; ++t) from = starts[t] > from ? starts[t] : from;
+      int64_t to = tile * kTile + kTile < op.out.n ? (starts[tile + 1] > from ? starts[tile + 1] : from) : op.k;
+      from = least(from, op.k), to = least(to, op.k);
+      for (int64_t j = from; j < to; ++j)
+        if (index[j] < count) sum[index[j]] = add(sum[index[j]], values[j]);
+    }
+    for (int64_t i = 0; i < count; ++i) out[first + i] = Out::store(mul(sum[i], op.out.weight));
+  }
+}
+
+void topk_decode_sum(const TopkDecodeSum& op, int64_t begin, int64_t end) {
+  with_dtype(op.out.dtype, [&](auto out) { topk_decode_loop<decltype(out)>(op, begin, end); });
+}
+
+}  // namespace

@@ -1,0 +1,21 @@
+// The CUDA backend: run(op, stream) for every op in ops.h. Launches only; never synchronizes, never allocates.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "../ops.h"
+
+namespace commopt::cuda {
+
+void run(const DenseEncode&, cudaStream_t);
+void run(const DenseDecodeSum&, cudaStream_t);
+void run(const HalfEncode&, cudaStream_t);
+void run(const HalfDecodeSum&, cudaStream_t);
+void run(const QuantEncode&, cudaStream_t);
+void run(const QuantDecodeSum&, cudaStream_t);
+void run(const TopkEncode&, cudaStream_t);
+void run(const TopkDecodeSum&, cudaStream_t);
+void run(const SparseAdd&, cudaStream_t);
+
+int64_t topk_workspace(int64_t n, int64_t k);  // bytes
+
+}  // namespace commopt::cuda

@@ -1,0 +1,98 @@
+// The ops: one struct of arguments each, the same for every native backend. commopt/backends/reference.py defines what
+// they compute; commopt/backends/native.py has checked the arguments before they arrive here.
+//
+// x and out point to float32, bfloat16 or float16 values, as `dtype` says. residual may be null (no error feedback).
+// loss_scale points to one float32 on the device of x. In a decode, `rows` messages lie `stride` bytes apart, and the
+// pointers are those of row 0.
+#pragma once
+#include <stdint.h>
+
+namespace commopt {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct Input {  // what every encode reads and updates
+  const void* x;
+  int dtype;
+  float* residual;
+  const float* loss_scale;
+  int64_t n;
+};
+
+struct Output {  // what every decode writes: weight * sum over rows, in rank order
+  void* out;
+  int dtype;
+  float weight;
+  int64_t n;
+  int64_t rows, stride;
+};
+
+struct DenseEncode {
+  Input in;
+  void* values;     // [n] of values_dtype: float32 or bfloat16
+  int values_dtype;
+};
+struct DenseDecodeSum {
+  Output out;
+  const void* values;
+  int values_dtype;
+};
+
+struct HalfEncode {
+  Input in;
+  uint16_t* values;  // float16 [n]
+  float* scales;     // [ceil(n / block)], powers of two
+  int block;
+};
+struct HalfDecodeSum {
+  Output out;
+  const uint16_t* values;
+  const float* scales;
+  int block;
+};
+
+struct QuantEncode {
+  Input in;
+  uint8_t* codes;  // 8 bits: int8 [n]. 4 bits: [ceil(n / 2)], the even element in the low nibble, stored as q + 8
+  float* scales;   // [ceil(n / block)]
+  int bits, block;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step, stream;
+};
+struct QuantDecodeSum {
+  Output out;
+  const uint8_t* codes;
+  const float* scales;
+  int bits, block;
+};
+
+struct TopkEncode {
+  Input in;
+  float* values;    // [k], in the order of their index
+  uint16_t* index;  // [k], within a tile of 65536 elements
+  int64_t* starts;  // [ceil(n / 65536)], position in the list where each tile begins
+  int64_t k;
+  uint8_t* workspace;  // workspace bytes, zero before the first call and kept by the caller between calls
+  int64_t workspace_bytes;
+};
+struct TopkDecodeSum {
+  Output out;
+  const float* values;
+  const uint16_t* index;
+  const int64_t* starts;
+  int64_t k;
+};
+struct SparseAdd {  // residual[selected] += values / loss_scale
+  float* residual;
+  const float* loss_scale;
+  int64_t n;
+  const float* values;
+  const uint16_t* index;
+  const int64_t* starts;
+  int64_t k;
+};
+
+constexpr int64_t kTile = 65536;
+
+}  // namespace commopt

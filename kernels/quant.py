@@ -1,0 +1,103 @@
+"""8 or 4 bits a value with a scale per block. Encode reads 8 and writes 4 + BITS / 8 bytes a value, decode the reverse."""
+
+import triton
+import triton.language as tl
+
+from .blocks import block_absmax, block_tile, load_scales, store_scales
+from .codec import NON_FINITE, accumulate, float_of, keep, narrow, nearest
+
+
+@triton.jit
+def philox(seed_low, seed_high, step, stream, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """16 uniform bits for each element of block_tile: one draw serves eight neighbours, so blocks are multiples of 8."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = row[:, None] * (BLOCK // 8) + (chunk * (WIDTH // 8) + tl.arange(0, WIDTH // 8))[None, :]
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    c0, c1, c2, c3 = tl.philox_impl(
+        low, (group >> 32).to(tl.uint32), tl.zeros_like(low) + step.to(tl.uint32, bitcast=True),
+        tl.zeros_like(low) + stream.to(tl.uint32, bitcast=True),
+        seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True), 7,
+    )
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # the last axis counts fastest: c0, c1, c2, c3
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, WIDTH)).to(tl.int32)
+
+
+@triton.jit
+def nibble_tile(n, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The bytes that hold the elements of block_tile, two to a byte, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = chunk * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+    at = row[:, None] * (BLOCK // 2) + column[None, :]
+    inside = 2 * at < n
+    if BLOCK % WIDTH != 0:
+        inside = inside & (2 * column < BLOCK)[None, :]
+    return at, inside
+
+
+@triton.jit
+def load_codes(codes, n, chunk, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """q of the elements of block_tile, float32 [ROWS, WIDTH]."""
+    if BITS == 8:
+        at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
+        return tl.load(codes + at, mask=inside, other=0).to(tl.float32)
+    else:
+        at, inside = nibble_tile(n, chunk, BLOCK, ROWS, WIDTH)
+        pair = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+        return (tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, WIDTH)) - 8).to(tl.float32)
+
+
+@triton.jit
+def store_codes(codes, q, n, chunk, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    if BITS == 8:
+        at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
+        tl.store(codes + at, q.to(tl.int32).to(tl.int8), mask=inside)
+    else:
+        at, inside = nibble_tile(n, chunk, BLOCK, ROWS, WIDTH)
+        even, odd = tl.split(tl.reshape(q.to(tl.int32) + 8, (ROWS, WIDTH // 2, 2)))
+        tl.store(codes + at, (even | (odd << 4)).to(tl.uint8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream"])
+def quant_encode(
+    x, residual, loss_scale, codes, scales, seed_low, seed_high, step, stream, n,
+    BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):
+    levels: tl.constexpr = 127.0 if BITS == 8 else 7.0
+    absmax, acc, kept = block_absmax(x, residual, loss_scale, n, BLOCK, ROWS, WIDTH, CHUNKS)
+    finite = absmax < NON_FINITE
+    scale = tl.where(finite, tl.div_rn(float_of(absmax), levels), 0.0)
+    inverse = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
+    inverse = tl.where(inverse < float("inf"), inverse, 0.0)
+    store_scales(scales, scale, finite, n, BLOCK, ROWS)
+    usable = finite[:, None]
+    for chunk in range(CHUNKS):
+        at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
+        if CHUNKS > 1:
+            acc, kept = accumulate(x, residual, loss_scale, at, inside)
+        scaled = tl.where(usable, acc * inverse[:, None], 0.0)
+        if STOCHASTIC:
+            random = philox(seed_low, seed_high, step, stream, chunk, BLOCK, ROWS, WIDTH)
+            scaled = scaled + random.to(tl.float32) * (1.0 / 65536.0)
+        q = nearest(scaled)
+        if STOCHASTIC:
+            q = tl.where(q > scaled, q - 1.0, q)
+        q = tl.where(q > levels, levels, tl.where(q < -levels, -levels, q))
+        store_codes(codes, q, n, chunk, BITS, BLOCK, ROWS, WIDTH)
+        keep(residual, loss_scale, at, inside, acc - q * scale[:, None], usable, kept)
+
+
+@triton.jit
+def quant_decode_sum(
+    out, weight, codes, scales, rows, code_stride, scale_stride, n,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):
+    for chunk in range(CHUNKS):
+        code, scale = codes, scales
+        total = load_codes(code, n, chunk, BITS, BLOCK, ROWS, WIDTH) * load_scales(scale, n, BLOCK, ROWS)
+        for _ in range(1, rows):
+            code += code_stride
+            scale += scale_stride
+            total += load_codes(code, n, chunk, BITS, BLOCK, ROWS, WIDTH) * load_scales(scale, n, BLOCK, ROWS)
+        at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
+        tl.store(out + at, narrow(total * weight, out.dtype.element_ty), mask=inside)

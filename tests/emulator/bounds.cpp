@@ -1,0 +1,94 @@
+// Calls every op with buffers of exactly the size it may touch, for AddressSanitizer to watch.
+// With the argument "overrun" one buffer is a value too short, and this program has to be stopped.
+#include <random>
+#include <vector>
+
+#include "../../csrc/cuda/run.h"
+
+using namespace commopt;
+
+namespace {
+
+std::mt19937 draw(1);
+
+template <class T> struct Exact {  // a heap block without slack, starting `skip` elements off alignment
+  std::vector<T> held;
+  size_t skip;
+  explicit Exact(int64_t count, size_t skip = 0) : held((size_t)(count < 0 ? 0 : count) + skip), skip(skip) {}
+  T* data() { return held.data() + skip; }
+};
+
+struct Gradient {
+  int dtype;
+  Exact<uint8_t> x;
+  Exact<float> residual;
+  float loss_scale = 1024.0f;
+  int64_t n;
+
+  Gradient(int dtype, int64_t n, size_t skip)
+      : dtype(dtype), x(n * (dtype ? 2 : 4), skip * (dtype ? 2 : 4)), residual(n, skip), n(n) {
+    for (auto& byte : x.held) byte = (uint8_t)draw();  // NaN and infinity among them
+    for (auto& r : residual.held) r = (float)(int)draw() * 1e-9f;
+  }
+  Input input() { return {x.data(), dtype, residual.data(), &loss_scale, n}; }
+  Output output(int64_t stride) { return {x.data(), dtype, 0.5f, n, 2, stride}; }
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The last row has no gap behind it, the one before a gap of 16 bytes.
+int64_t stride_of(int64_t bytes) { return ceil_div(bytes, 16) * 16 + 16; }
+
+template <class T> struct Field {  // of two rows
+  int64_t stride;
+  Exact<uint8_t> bytes;
+  Field(int64_t count, int64_t stride) : stride(stride), bytes(stride + count * (int64_t)sizeof(T)) {
+    for (auto& b : bytes.held) b = (uint8_t)draw();
+  }
+  T* row(int i = 0) { return reinterpret_cast<T*>(bytes.data() + i * stride); }
+};
+
+void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
+  Gradient g(dtype, n, skip);
+  for (int values = 0; values < 2; ++values) {
+    int64_t size = values ? 2 : 4, stride = stride_of(n * size);
+    Field<uint8_t> v(n * size - short_by, stride);
+    cuda::run(DenseEncode{g.input(), v.row(1), values}, nullptr);
+    cuda::run(DenseDecodeSum{g.output(stride), v.row(), values}, nullptr);
+  }
+  for (int block : {64, 256, 1024, 24}) {
+    int64_t blocks = ceil_div(n, block), stride = stride_of(n * 4);
+    Field<float> scales(blocks, stride);
+    Field<uint16_t> v(n, stride);
+    cuda::run(HalfEncode{g.input(), v.row(1), scales.row(1), block}, nullptr);
+    cuda::run(HalfDecodeSum{g.output(stride), v.row(), scales.row(), block}, nullptr);
+    for (int bits : {8, 4}) {
+      Field<uint8_t> codes(bits == 8 ? n : ceil_div(n, 2), stride);
+      cuda::run(QuantEncode{g.input(), codes.row(1), scales.row(1), bits, block, bits == 4, 1, 2, 3}, nullptr);
+      cuda::run(QuantDecodeSum{g.output(stride), codes.row(), scales.row(), bits, block}, nullptr);
+    }
+  }
+  for (int64_t k : {(int64_t)0, n ? (int64_t)1 : 0, n / 10, n}) {
+    int64_t tiles = ceil_div(n, kTile), stride = stride_of(8 * (k + tiles));
+    Field<float> values(k, stride);
+    Field<uint16_t> index(k, stride);
+    Field<int64_t> starts(tiles, stride);
+    // Rows of random bytes: no message may make a decoder leave its output.
+    cuda::run(TopkDecodeSum{g.output(stride), values.row(), index.row(), starts.row(), k}, nullptr);
+    cuda::run(SparseAdd{g.residual.data(), &g.loss_scale, n, values.row(), index.row(), starts.row(), k}, nullptr);
+    Exact<uint8_t> workspace(cuda::topk_workspace(n, k));
+    for (int call = 0; call < 4; ++call) {
+      g.loss_scale = call == 2 ? 1.0f : 1024.0f;
+      cuda::run(TopkEncode{g.input(), values.row(1), index.row(1), starts.row(1), k, workspace.data(), (int64_t)workspace.held.size()}, nullptr);
+    }
+    cuda::run(TopkDecodeSum{g.output(stride), values.row(), index.row(), starts.row(), k}, nullptr);
+  }
+}
+
+}  // namespace
+
+int main(int arguments, char**) {
+  for (int64_t n : {0, 7, 65, 5000})
+    for (int dtype = 0; dtype < 3; ++dtype) all(dtype, n, (size_t)(n % 3), arguments > 1 && n ? 1 : 0);
+  puts("clean");
+}

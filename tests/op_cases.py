@@ -1,0 +1,135 @@
+"""What every backend is put through: each op at the awkward sizes and values. A case runs on any backend and returns
+its results by name, so that two backends are compared bit for bit."""
+
+from collections.abc import Iterator
+
+import torch
+
+SIZES = (0, 1, 2, 7, 127, 128, 129, 255, 256, 257, 1000, 4096, 5003)
+LARGE = (65535, 65536, 65537, 200_003)
+VALUES = ("normal", "heavy", "mixed", "tiny", "denormal", "zero", "equal", "few", "nan", "inf", "minus_zero", "huge")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (64, 128, 256, 1024)
+
+
+def values_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
+    """float32 [n] of one awkward kind."""
+    g = torch.Generator().manual_seed(seed * 7919 + n)
+    x = torch.randn(n, generator=g)
+    if kind == "heavy":
+        return x * torch.exp(2 * torch.randn(n, generator=g))
+    if kind == "mixed":
+        return x * 10.0 ** torch.randint(-30, 30, (n,), generator=g)
+    if kind == "tiny":
+        return x * 1e-30
+    if kind == "denormal":
+        return x * 1e-41
+    if kind == "zero":
+        return torch.zeros(n)
+    if kind == "minus_zero":
+        return -torch.zeros(n)
+    if kind == "equal":
+        return torch.full((n,), 0.75)
+    if kind == "few":
+        return torch.randint(-2, 3, (n,), generator=g).float()
+    if kind == "huge":
+        return x * 1e38
+    if kind in ("nan", "inf") and n:
+        where = torch.randint(0, n, (max(1, n // 300),), generator=g)
+        x[where] = float(kind)
+        x[where[: len(where) // 2]] *= -1
+    return x
+
+
+def message_rows(rows: int, fields: dict[str, tuple[int, torch.dtype]], device) -> dict[str, torch.Tensor]:
+    """Fields [rows, count] of `rows` messages, zero: one after the other in each row, aligned, with a gap behind."""
+    at, places = 0, {}
+    for name, (count, dtype) in fields.items():
+        places[name] = at
+        at += -(-count * dtype.itemsize // 16) * 16 + 16
+    message = torch.zeros(rows, at, dtype=torch.uint8, device=device)
+    return {name: message[:, places[name] : places[name] + count * dtype.itemsize].view(dtype) for name, (count, dtype) in fields.items()}
+
+
+def _encode_each(encode, rows: int, n: int, kind: str, dtype: torch.dtype, residual: bool, device, offset: int):
+    """Calls encode(row, x, residual) for each row with inputs that start `offset` elements into their storage."""
+    kept = []
+    for row in range(rows):
+        x = torch.zeros(n + offset, dtype=dtype, device=device)[offset:]
+        x.copy_(values_of(kind, n, row))
+        r = None
+        if residual:
+            r = torch.zeros(n + offset, device=device)[offset:]
+            r.copy_(values_of("heavy", n, row + 100) * 0.1)
+        encode(row, x, r)
+        if r is not None:
+            kept.append(r)
+    return {"residual": torch.stack(kept)} if kept else {}
+
+
+def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=True, rows=2, loss_scale=1.0, device="cpu",
+        offset=0, **options) -> dict[str, torch.Tensor]:
+    """Encodes `rows` messages and decodes their sum. op: dense, half, quant or topk; options as the ops name them."""
+    scale = torch.full((1,), loss_scale, device=device)
+    extra: tuple = ()
+    if op == "dense":
+        fields = message_rows(rows, {"values": (n, options["values"])}, device)
+        encode = lambda i, x, r: kernels.dense_encode(x, r, scale, fields["values"][i])
+    elif op == "half":
+        extra = (options["block"],)
+        fields = message_rows(rows, {"values": (n, torch.float16), "scales": (-(-n // extra[0]), torch.float32)}, device)
+        encode = lambda i, x, r: kernels.half_encode(x, r, scale, fields["values"][i], fields["scales"][i], *extra)
+    elif op == "quant":
+        bits = options["bits"]
+        extra = (bits, options["block"])
+        codes = (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8)
+        fields = message_rows(rows, {"codes": codes, "scales": (-(-n // extra[1]), torch.float32)}, device)
+        encode = lambda i, x, r: kernels.quant_encode(
+            x, r, scale, fields["codes"][i], fields["scales"][i], *extra, options["stochastic"], (2**40 + 12345, 7, i + 3))
+    else:
+        k = options["k"]
+        lists = {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (-(-n // 65536), torch.int64)}
+        fields = message_rows(rows, lists, device)
+        workspace = torch.zeros(kernels.topk_workspace(n, k), dtype=torch.uint8, device=device)
+        encode = lambda i, x, r: kernels.topk_encode(x, r, scale, *(f[i] for f in fields.values()), workspace)
+
+    results = _encode_each(encode, rows, n, kind, dtype, residual, device, offset)
+    out = torch.zeros(n, dtype=dtype, device=device)
+    getattr(kernels, f"{op}_decode_sum")(out, 1 / rows, *fields.values(), *extra)
+    results |= fields | {"out": out}
+    if op == "topk" and residual:
+        r = results["residual"][0].clone()
+        kernels.sparse_add(r, scale, *(f[0] for f in fields.values()))
+        results["returned"] = r
+    return results
+
+
+def variants(op: str, n: int) -> Iterator[dict]:
+    """The option sets of an op that are worth running at size n."""
+    if op == "dense":
+        yield from ({"values": d} for d in (torch.float32, torch.bfloat16))
+    elif op == "half":
+        yield from ({"block": b} for b in BLOCKS)
+    elif op == "quant":
+        yield from ({"bits": q, "block": b, "stochastic": s} for q in (8, 4) for b in BLOCKS for s in (False, True))
+    else:
+        yield from ({"k": k} for k in sorted({min(n, k) for k in (0, 1, -(-n // 100), -(-n // 10), n)}))
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str:
+    """'' where all results have the same bits, else the first that differ. Any NaN in `out` equals any other: machines
+    differ in the NaN they compute; in a message there is only one."""
+    for name in a:
+        x, y = a[name].cpu().contiguous(), b[name].cpu().contiguous()
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"{name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        wrong = x.view(bits) != y.view(bits)
+        if name == "out":
+            wrong &= ~(x.isnan() & y.isnan())
+        if wrong.any():
+            at = wrong.flatten().nonzero()[0].item()
+            v, w = x.flatten()[at], y.flatten()[at]
+            return (f"{name}[{at}] of {x.numel()}: {v.item()!r} ({v.view(bits).item():#x}) against "
+                    f"{w.item()!r} ({w.view(bits).item():#x}); {int(wrong.sum())} differ")
+    return ""

@@ -1,0 +1,175 @@
+"""The kernels of csrc/cuda, compiled by g++ and run thread by thread on the CPU, have the bits of the reference.
+
+Logic and arithmetic are proved here, for machines without a GPU; what nvcc makes of the same files is in test_cuda_code.
+"""
+
+import importlib.util
+import re
+import subprocess
+import types
+
+import op_cases
+import pytest
+import torch
+from commopt.backends import native, reference
+from emulator import build
+
+
+def load(path):
+    # pybind11 keeps one module per name, whatever the file.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return types.SimpleNamespace(**native.bind(module, "cpu", lambda device: 0))
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return load(build.module())
+
+
+def compare(kernels, op: str, n: int, kind: str, dtype: torch.dtype, **options) -> None:
+    got = op_cases.run(kernels, op, n, kind, dtype, **options)
+    wanted = op_cases.run(reference, op, n, kind, dtype, **options)
+    wrong = op_cases.difference(got, wanted)
+    assert not wrong, f"{op} n={n} {kind} {dtype} {options}: {wrong}"
+
+
+@pytest.mark.parametrize("n", op_cases.SIZES)
+@pytest.mark.parametrize("op", ["dense", "half", "quant", "topk"])
+def test_bits_of_the_reference(kernels, op, n):
+    for i, kind in enumerate(op_cases.VALUES):
+        for j, options in enumerate(op_cases.variants(op, n)):
+            if n > 1000 and (i + j) % 4:
+                continue
+            turn = n + i + j
+            compare(kernels, op, n, kind, op_cases.DTYPES[turn % 3], residual=turn % 5 > 0,
+                    loss_scale=(1.0, 1024.0, 3.0)[turn // 3 % 3], offset=turn // 9 % 4, **options)
+
+
+@pytest.mark.parametrize("block", [8, 24, 512, 2048, 4096, 5000])
+def test_other_blocks(kernels, block):
+    for n in (1, 25, 4097, 5003):
+        for kind in ("heavy", "nan"):
+            compare(kernels, "half", n, kind, torch.float32, block=block, loss_scale=3.0)
+            for bits in (8, 4):
+                compare(kernels, "quant", n, kind, torch.bfloat16, bits=bits, block=block, stochastic=bits == 8, offset=1)
+
+
+@pytest.mark.parametrize("n", [65535, 65537, 140_003])
+def test_topk_over_several_tiles(kernels, n):
+    for kind, k in (("normal", n // 100), ("few", n // 20), ("nan", 1), ("heavy", n)):
+        compare(kernels, "topk", n, kind, torch.float32, k=k, rows=1, offset=3)
+
+
+def gradients(n: int):
+    """Gradients whose statistics change from one call to the next, with the loss scale of each."""
+    normal, heavy = (op_cases.values_of(kind, n, 5) for kind in ("normal", "heavy"))
+    clustered = normal * torch.where(torch.arange(n) // 1000 == 4, 50.0, 1.0)
+    sparse = torch.where(torch.arange(n) % 997 == 0, normal, 0.0)
+    awkward = [op_cases.values_of(kind, n, 6) for kind in ("nan", "inf", "tiny", "denormal", "equal", "minus_zero", "huge")]
+    steady = [normal + 0.1 * op_cases.values_of("normal", n, 20 + i) for i in range(3)]
+    sequence = [normal, *steady, heavy, 0.01 * normal, *steady, 1e-4 * heavy, 100 * normal, clustered, clustered, sparse, sparse, normal]
+    for g in awkward:
+        sequence += [g, normal, 0.5 * normal]
+    scales = [1.0, 1.0, 1.0, 2.0, 1024.0, 1024.0, 3.0, 1.0, 2.0**-20, 65536.0, 0.3]
+    return [(g, scales[i // 2 % len(scales)]) for i, g in enumerate(sequence)]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.6])
+def test_topk_does_not_depend_on_earlier_calls(kernels, share, residual):
+    n = 9001
+    k, tiles = int(share * n), -(-n // 65536)
+    workspace = torch.zeros(kernels.topk_workspace(n, k), dtype=torch.uint8)
+    kept = [torch.zeros(n), torch.zeros(n)] if residual else [None, None]
+    recoveries = carried = 0
+    for step, (gradient, scale) in enumerate(gradients(n)):
+        x = gradient.to(op_cases.DTYPES[step % 7 % 3])
+        results = []
+        for backend, r in zip((kernels, reference), kept):
+            values, index, starts = torch.zeros(k), torch.zeros(k, dtype=torch.int16), torch.zeros(tiles, dtype=torch.int64)
+            carried += backend is kernels and workspace[:4].view(torch.float32).item() > 0
+            backend.topk_encode(x, r, torch.full((1,), scale), values, index, starts, workspace)
+            results.append({"values": values, "index": index, "starts": starts} | ({"residual": r.clone()} if residual else {}))
+        wrong = op_cases.difference(*results)
+        assert not wrong, f"step {step}, loss_scale {scale}: {wrong}"
+        recoveries += workspace[24:32].view(torch.int64).item() < k  # Control::reached in topk.cu
+        if residual and not kept[0].isfinite().all():
+            for r in kept:
+                r.zero_()
+    assert recoveries >= 1 and carried >= 10, "the sequence no longer reaches every path"
+
+
+def test_topk_recovers_with_a_crowded_tile(kernels):
+    """A carried threshold that proves too high in a call where one tile has too many candidates for its slots."""
+    n, k = 60_000, 3000
+    workspace = torch.zeros(kernels.topk_workspace(n, k), dtype=torch.uint8)
+    crowd = torch.full((n,), 1e-3) * op_cases.values_of("normal", n, 1)
+    crowd[9000:11_800] = op_cases.values_of("normal", 2800, 2).abs() + 2.0
+    kept = [torch.zeros(n), torch.zeros(n)]
+    for step, x in enumerate((op_cases.values_of("normal", n, 3), crowd, crowd)):
+        if step == 1:
+            for r in kept:
+                r *= 1e-3
+        results = []
+        for backend, r in zip((kernels, reference), kept):
+            fields = {"values": torch.zeros(k), "index": torch.zeros(k, dtype=torch.int16), "starts": torch.zeros(1, dtype=torch.int64)}
+            backend.topk_encode(x, r, torch.ones(1), *fields.values(), workspace)
+            results.append(fields | {"residual": r.clone()})
+        assert not op_cases.difference(*results), f"step {step}"
+        reached = workspace[24:32].view(torch.int64).item()
+        assert step != 1 or 2500 < reached < k
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_hostile_lists(kernels, rows):
+    """Starts and indices that no encoder writes mean what the reference says, and repeated elements add in order."""
+    for seed, n in enumerate((1, 5003, 140_003)):
+        torch.manual_seed(seed)
+        k, tiles = min(n, 3000), -(-n // 65536)
+        fields = list(op_cases.message_rows(
+            rows, {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (tiles, torch.int64)}, "cpu").values())
+        fields[0].copy_(torch.randn(rows, k))
+        fields[1].copy_(torch.randint(-32768, 32768, (rows, k)).to(torch.int16))
+        fields[1][:, k // 2:] = torch.randint(0, 40, (rows, k - k // 2)).to(torch.int16)
+        fields[2].copy_(torch.randint(-50, k + 50, (rows, tiles)))
+        fields[2][0, -1] = 2**62
+        if rows > 1:
+            fields[2][1] = -(2**62)
+        # The reference is called at sizes where index_add_ adds in the order of the list.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for dtype in op_cases.DTYPES:
+            out = [torch.zeros(n + 1, dtype=dtype)[1:] for _ in range(2)]
+            for backend, to in zip((kernels, reference), out):
+                backend.topk_decode_sum(to, 1 / rows, *fields)
+            assert torch.equal(*out), f"n={n} {dtype}"
+        residual = [torch.ones(n + 1)[1:] for _ in range(2)]
+        for backend, to in zip((kernels, reference), residual):
+            backend.sparse_add(to, torch.full((1,), 3.0), *(f[0] for f in fields))
+        assert torch.equal(*residual)
+        torch.set_num_threads(threads)
+
+
+def test_a_missing_barrier_is_seen(kernels, tmp_path):
+    """The emulator would not prove much if it did not notice: without one barrier the results differ."""
+    for name in ("half.cu", "blocks.h", "launch.h", "run.h"):
+        text = (build.ROOT / "csrc/cuda" / name).read_text().replace('"../', f'"{build.ROOT}/csrc/')
+        if name == "blocks.h":
+            text, count = re.subn(r"__syncthreads\(\);", "", text)
+            assert count == 1
+        (tmp_path / name).write_text(text)
+    broken = load(build.module("broken", half=tmp_path / "half.cu"))
+    compare(broken, "half", 4096, "heavy", torch.float32, block=256)  # within a warp
+    with pytest.raises(AssertionError, match="half n=4096"):
+        compare(broken, "half", 4096, "heavy", torch.float32, block=1024)
+
+
+def test_no_access_outside_the_buffers():
+    program = build.bounds_program()
+    environment = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
+    good = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=120)
+    assert good.stdout == "clean\n", good.stderr[-4000:]
+    bad = subprocess.run([program, "overrun"], env=environment, capture_output=True, text=True, timeout=120)
+    assert "heap-buffer-overflow" in bad.stderr and "clean" not in bad.stdout

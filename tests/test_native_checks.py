@@ -1,0 +1,177 @@
+"""What reaches the C++ kernels has been checked, and what a hostile message holds stays inside its output."""
+
+import pytest
+import torch
+from op_cases import difference, message_rows
+
+_C = pytest.importorskip("commopt._C", reason="the native kernels are not built")
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+from commopt.backends import cpu, reference  # noqa: E402
+
+N, K = 1000, 10
+TILE = 65536
+
+
+def good(op: str) -> dict:
+    """Arguments that `op` takes, by name."""
+    given = {"x": torch.randn(N), "residual": torch.zeros(N), "loss_scale": torch.ones(1)}
+    taken = {"out": torch.zeros(N), "weight": 0.5}
+    lists = {"values": (K, torch.float32), "index": (K, torch.int16), "starts": (1, torch.int64)}
+    fields = {
+        "dense": {"values": (N, torch.bfloat16)},
+        "half": {"values": (N, torch.float16), "scales": (4, torch.float32)},
+        "quant": {"codes": (N, torch.int8), "scales": (4, torch.float32)},
+        "topk": lists,
+        "sparse": lists,
+    }[op.split("_")[0]]
+    message = message_rows(2, fields, "cpu")
+    extra = {"half": {"block": 256}, "quant": {"bits": 8, "block": 256}}.get(op.split("_")[0], {})
+    row = {name: field[0] for name, field in message.items()}
+    if op.endswith("decode_sum"):
+        return taken | message | extra
+    if op == "quant_encode":
+        return given | row | extra | {"stochastic": True, "draw": (1, 2, 3)}
+    if op == "topk_encode":
+        return given | row | {"workspace": torch.zeros(cpu.topk_workspace(N, K), dtype=torch.uint8)}
+    if op == "sparse_add":
+        return {"residual": torch.zeros(N), "loss_scale": torch.ones(1)} | row
+    return given | row | extra
+
+
+OPS = ("dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum",
+       "topk_encode", "topk_decode_sum", "sparse_add")
+TENSORS = [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, torch.Tensor)]
+
+
+def fake(t: torch.Tensor) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(t.shape, dtype=t.dtype)
+
+
+SPOILERS = {
+    "dtype": lambda t: t.to(torch.float64),
+    "device": lambda t: t.to("meta"),
+    "fake": fake,
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "count": lambda t: t.repeat_interleave(200, -1),  # more than a tile
+    "dimensions": lambda t: t[None],
+    "not a tensor": lambda t: t.tolist(),
+    "a subclass": lambda t: t.as_subclass(type("Other", (torch.Tensor,), {})),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_arguments_are_taken(op):
+    getattr(cpu, op)(*good(op).values())
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_a_bad_tensor_is_named(op, name, spoiler):
+    arguments = good(op)
+    spoiled = SPOILERS[spoiler](arguments[name])
+    if spoiler == "strided" and spoiled.shape[-1] <= 1:
+        pytest.skip("one element is contiguous")
+    arguments[name] = spoiled
+    with pytest.raises(ValueError, match=f"^{op}: ") as raised:
+        getattr(cpu, op)(*arguments.values())
+    if spoiler != "count":  # there another argument may be the one that no longer fits
+        assert name in str(raised.value) or "field" in str(raised.value)
+
+
+def test_more_entries_than_elements():
+    arguments = good("topk_encode")
+    k = N + 1
+    arguments |= {"values": torch.zeros(k), "index": torch.zeros(k, dtype=torch.int16),
+                  "workspace": torch.zeros(cpu.topk_workspace(N, k), dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="topk_encode: values holds k = 1001"):
+        cpu.topk_encode(*arguments.values())
+
+
+def test_rows_at_different_distances():
+    arguments = good("half_decode_sum")
+    arguments["scales"] = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="half_decode_sum: the rows of scales must lie"):
+        cpu.half_decode_sum(*arguments.values())
+
+
+# --- hostile messages ---
+
+
+def hostile(dtype: torch.dtype, rows: int, count: int, g: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, count * dtype.itemsize), dtype=torch.uint8, generator=g).view(dtype)
+
+
+def starts_of(kind: str, k: int, tiles: int, g: torch.Generator) -> torch.Tensor:
+    if kind == "bytes":
+        return hostile(torch.int64, 1, tiles, g)[0]
+    if kind == "disordered":
+        return torch.randint(-k, 2 * k, (tiles,), generator=g)
+    if kind == "late":  # the first entries belong to no tile
+        return torch.sort(torch.randint(k // 2, k + 1, (tiles,), generator=g)).values
+    return torch.full((tiles,), {"none": k, "last": -(2**63), "beyond": 2**63 - 1}[kind])
+
+
+def guarded(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer and its middle [n]."""
+    buffer = torch.full((n + 2 * TILE,), 7.0, dtype=dtype)
+    return buffer, buffer[TILE : TILE + n]
+
+
+@pytest.mark.parametrize("isa", _C.cpu.isas())
+@pytest.mark.parametrize("kind", ("bytes", "disordered", "late", "none", "last", "beyond"))
+@pytest.mark.parametrize("n", (1, 1000, 65536, 150_001))
+def test_hostile_lists(n, kind, isa):
+    g, before = torch.Generator().manual_seed(n), (_C.cpu.isa(), torch.get_num_threads())
+    k, tiles = min(n, 4000), -(-n // TILE)
+    try:
+        _C.cpu.use_isa(isa)
+        torch.set_num_threads(3)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            fields = message_rows(2, {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (tiles, torch.int64)}, "cpu")
+            fields["values"].copy_(torch.randn(2, k, generator=g))
+            fields["index"].copy_(hostile(torch.int16, 2, k, g))  # in no order, some of them twice
+            fields["index"][0, : k // 2] = 5
+            for row in fields["starts"]:
+                row.copy_(starts_of(kind, k, tiles, g))
+            buffers = []
+            for backend in (reference, cpu):
+                buffer, out = guarded(n, dtype)
+                backend.topk_decode_sum(out, 0.5, *fields.values())
+                kept, residual = guarded(n, torch.float32)
+                backend.sparse_add(residual, torch.tensor([4.0]), *(f[1] for f in fields.values()))
+                buffers.append({"out": buffer, "residual": kept})
+            wrong = difference(*buffers)
+            assert not wrong, f"{dtype}: {wrong}"
+    finally:
+        _C.cpu.use_isa(before[0])
+        torch.set_num_threads(before[1])
+
+
+@pytest.mark.parametrize("isa", _C.cpu.isas())
+@pytest.mark.parametrize("op", ("dense", "half", "quant"))
+def test_hostile_values(op, isa):
+    before = _C.cpu.isa()
+    try:
+        _C.cpu.use_isa(isa)
+        for n, (dtype, bits) in ((n, d) for n in (1, 255, 1001, 70_001) for d in ((torch.float32, 8), (torch.bfloat16, 4))):
+            g = torch.Generator().manual_seed(n)
+            shapes = {
+                "dense": {"values": (n, dtype)},
+                "half": {"values": (n, torch.float16), "scales": (-(-n // 64), torch.float32)},
+                "quant": {"codes": (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8), "scales": (-(-n // 64), torch.float32)},
+            }[op]
+            fields = message_rows(3, shapes, "cpu")
+            for name, (count, field_dtype) in shapes.items():
+                fields[name].copy_(hostile(field_dtype, 3, count, g))
+            extra = {"dense": (), "half": (64,), "quant": (bits, 64)}[op]
+            buffers = []
+            for backend in (reference, cpu):
+                buffer, out = guarded(n, torch.float32)
+                getattr(backend, f"{op}_decode_sum")(out, -0.3, *fields.values(), *extra)
+                buffers.append({"out": buffer})
+            wrong = difference(*buffers)
+            assert not wrong, f"n={n} {dtype} {bits}: {wrong}"
+    finally:
+        _C.cpu.use_isa(before)

@@ -1,0 +1,143 @@
+"""Every Triton kernel compiles for NVIDIA and AMD, with no GPU in sight, and no multiplication is fused with an addition:
+that would give other bits than the reference has. What is compiled is what the backend launches, recorded from its calls."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter replaces the compiler in the whole process
+
+    def test_in_a_process_without_the_interpreter():
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+            env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=600,
+        )
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+else:
+    from types import SimpleNamespace
+
+    import op_cases
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from commopt import kernels
+    from commopt.backends import triton as backend
+    from commopt.backends.native import bind
+
+    NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    POINTER = {
+        torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8",
+        torch.int16: "*i16", torch.int64: "*i64",
+    }
+
+    def recorded(calls, monkeypatch) -> list:
+        """The launches of calls(ops) as (kernel, arguments by name, options), each kind once."""
+        launches = {}
+
+        class Recorder:
+            def __init__(self, kernel):
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                def launch(*args, num_warps, enable_fp_fusion, **constants):
+                    assert enable_fp_fusion is False
+                    given = dict(zip(self.kernel.arg_names, args)) | constants
+                    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+                    key = (self.kernel.__name__, str(signature(self.kernel, given)))
+                    launches.setdefault(key, (self.kernel, given, options))
+
+                return launch
+
+        original = backend._launch
+        monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+        monkeypatch.setattr(backend, "_launch", lambda device, kernel, *a, **named: original(device, Recorder(kernel), *a, **named))
+        calls(SimpleNamespace(**bind(SimpleNamespace(**backend._LAUNCHERS), "cpu", lambda device: device, addresses=False)))
+        return list(launches.values())
+
+    def signature(kernel, given: dict, wide: bool = False) -> tuple[dict, dict, dict]:
+        """Types, constants and alignments as Triton derives them at a launch. wide: integers as if beyond 2^31."""
+        types, constants, aligned = {}, {}, {}
+        for i, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names)):
+            value, fixed = given[name], parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not fixed):
+                types[name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                types[name] = POINTER[value.dtype]
+                if value.data_ptr() % 16 == 0:
+                    aligned[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            else:
+                types[name] = "i64" if name in ("n", "k") and wide else "i32"
+                if value % 16 == 0 and not fixed:
+                    aligned[(i,)] = [["tt.divisibility", 16]]
+        return types, constants, aligned
+
+    def compiled(launch, target: GPUTarget, wide: bool = False):
+        kernel, given, options = launch
+        return triton.compile(ASTSource(kernel, *signature(kernel, given, wide)), target=target, options=options)
+
+    def every_kernel(ops) -> None:
+        n = 3 * 4096
+        op_cases.run(ops, "dense", n, "normal", torch.bfloat16, values=torch.bfloat16)
+        op_cases.run(ops, "half", n, "normal", torch.float32, block=1024)
+        op_cases.run(ops, "quant", n, "normal", torch.bfloat16, bits=8, block=256, stochastic=False)
+        op_cases.run(ops, "quant", n, "normal", torch.float32, bits=4, block=128, stochastic=True)
+        op_cases.run(ops, "topk", 65536 + n, "normal", torch.float32, k=64)
+
+    def every_way(ops) -> None:
+        """One element, no residual, ragged, unaligned, blocks of any size: each of them is compiled anew."""
+        op_cases.run(ops, "topk", 1, "normal", torch.float16, k=1, rows=1, offset=1)
+        for op, options in [
+            ("dense", {"values": torch.float32}), ("half", {"block": 8}), ("quant", {"bits": 4, "block": 24, "stochastic": False}),
+            ("quant", {"bits": 8, "block": 5000, "stochastic": True}),
+        ]:
+            op_cases.run(ops, op, 5003, "normal", torch.float16, residual=False, offset=1, rows=1, **options)
+
+    @pytest.fixture(autouse=True)
+    def empty_cache(monkeypatch, tmp_path):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def test_every_kernel_is_compiled_here(monkeypatch):
+        launched = {kernel.__name__ for kernel, _, _ in recorded(every_kernel, monkeypatch)}
+        methods = [getattr(kernels, name) for name in ("dense", "half", "quant", "topk")]
+        defined = {name for m in methods for name in vars(m) if re.fullmatch(r"(dense|half|quant|topk|sparse)_\w+", name)}
+        assert launched == defined
+
+    def test_other_ways_to_launch(monkeypatch):
+        for launch in recorded(every_way, monkeypatch):
+            compiled(launch, GPUTarget("cuda", 90, 32), wide=True)
+
+    @pytest.mark.parametrize("capability", [80, 90, 100])
+    def test_nvidia(capability, monkeypatch, tmp_path):
+        for launch in recorded(every_kernel, monkeypatch):
+            name, made = launch[0].__name__, compiled(launch, GPUTarget("cuda", capability, 32))
+            ptx = made.asm["ptx"]
+            assert not re.search(r"\bfma\.", ptx), name
+            assert ".ftz" not in ptx, name
+            assert not re.search(r"\bdiv\.(full|approx)|\brcp\.", ptx), name
+            if capability == 80:
+                continue  # its machine code is made as that of 90
+            (tmp_path / "cubin").write_bytes(made.asm["cubin"])
+            sass = subprocess.run([NVDISASM, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+            assert "FADD" in sass or name in ("topk_scan",), name
+            # An IEEE division is five FFMA, and eleven more for all that need the slow way; a fused tile would add 16.
+            divisions, fused = len(re.findall(r"\bdiv\.rn", ptx)), len(re.findall(r"\bFFMA", sass))
+            assert fused <= (5 * divisions + 12 if divisions else 0), f"{name}: {fused} FFMA for {divisions} divisions"
+
+    def test_amd(monkeypatch):
+        for launch in recorded(every_kernel, monkeypatch):
+            name, made = launch[0].__name__, compiled(launch, GPUTarget("hip", "gfx942", 64))
+            code = made.asm["amdgcn"]
+            divisions = len(re.findall(r"\bv_div_fmas_f32", code))
+            fused = len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|fmaak|fmamk|mad|mac)_(?:legacy_)?f32", code))
+            assert fused == 5 * divisions, f"{name}: {fused} fused operations for {divisions} divisions"
+            assert not re.search(r"\bv_rcp_f32", code) or divisions, name
