@@ -53,7 +53,7 @@ def write_ninja(path: Path, output: Path) -> None:
     cuda = nvcc()
     gencode, names = archs()
     include = f"-I{headers} -I{sysconfig.get_path('include')}"
-    flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -MMD -MF $out.d"
+    flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-trapping-math -Wall -MMD -MF $out.d"
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {os.environ.get('CXX', 'g++')}",

@@ -75,7 +75,9 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
     """One training run on this rank; the held-out loss, seconds and bytes so far at every `eval_every`-th step."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(seed)
-    ddp = DistributedDataParallel(ByteGPT(args.width, args.layers))
+    # PyTorch's PowerSGD deadlocks on gloo with more than one bucket, so it gets one.
+    cap = 1000 if spec.startswith("torch:powersgd") else None
+    ddp = DistributedDataParallel(ByteGPT(args.width, args.layers), bucket_cap_mb=cap)
     handle = None
     if spec.startswith("torch:powersgd"):
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=int(spec[-1]), start_powerSGD_iter=2)

@@ -1,22 +1,37 @@
 """How fast the CPU kernels are: against the memory (axpy, r += g) and against the same op written in torch.
 
-    python -m commopt bench kernels [--n 16777216] [--dtype float32] [--ops int8,topk@1%] [--isas avx512] [--threads 1] [--json]
+    python -m commopt bench kernels --ops "int8,topk 1%" --isas avx2,avx512
 
 Every candidate is first compared with the reference, bit for bit. Then all run in turns on the same buffers, each turn
-with another gradient. axpy reads a float32 gradient and reads and writes a residual, the least that error feedback can do.
-of_axpy = t_axpy / t_op, from the best times of each and, in `median`, from the median of the turns. With one thread the
-times are CPU times, which other processes hardly disturb; with more they are wall times. vs_torch = t_torch / t_op.
+with another gradient, after 32 turns that are not timed. With one thread the times are CPU times, which other processes
+disturb little; with more they are wall times.
+
+    ns/value  the best turn
+    axpy      the same of r += g, which reads a float32 gradient and reads and writes a residual: the least that error feedback
+              can do. It prefetches too, from the distance that serves it best
+    of axpy   the best axpy as a fraction of the best turn
+    median    the same of the turns, each with its own axpy
+    x torch   the best time of the op as one writes it in torch, over the best turn
+    worst     the slowest turn over the median turn
+
+`topk rising` times the first steps of error feedback on gradients that resemble each other, whose k-th largest magnitude
+grows from step to step, so that the last one does not foretell the next: here `worst` shows whether one had to begin again.
+Of each step the best of three sequences counts.
 """
 
 import argparse
 import json
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+import commopt
 
 GRADIENTS = 4  # different ones, so that what top-k carries from step to step is put to work
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +47,7 @@ class Op:
     block: int = 256
     stochastic: bool = False
     share: float = 0.01
+    rising: bool = False  # from the first step on, on gradients that resemble each other
 
 
 OPS = {
@@ -43,6 +59,7 @@ OPS = {
     "int4 stochastic": Op("quant", bits=4, stochastic=True),
     "topk 1%": Op("topk"),
     "topk 0.1%": Op("topk", share=0.001),
+    "topk rising": Op("topk", rising=True),
     "bf16 decode": Op("dense", decode=True),
     "half decode": Op("half", decode=True),
     "int8 decode": Op("quant", decode=True),
@@ -56,6 +73,13 @@ def gradients(n: int, dtype: torch.dtype, count: int, seed: int = 0) -> list[Ten
     g = torch.Generator().manual_seed(seed)
     scale = torch.exp(torch.randn(-(-n // 65536), generator=g)).repeat_interleave(65536)[:n]
     return [(torch.randn(n, generator=g) * scale).to(dtype) for _ in range(count)]
+
+
+def alike(n: int, dtype: torch.dtype, count: int, seed: int = 0) -> list[Tensor]:
+    """Normal values of one scale, each two of the gradients with a correlation of 0.9."""
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.randn(n, generator=g).mul_(0.9**0.5)
+    return [torch.randn(n, generator=g).mul_(0.1**0.5).add_(shared).to(dtype) for _ in range(count)]
 
 
 class Run:
@@ -81,6 +105,12 @@ class Run:
         self.fields = [
             message[:, sum(sizes[:i]) :][:, : count * dtype.itemsize].view(dtype) for i, (count, dtype) in enumerate(shapes)
         ]
+
+    def restart(self) -> None:
+        """Forgets all earlier steps."""
+        self.residual.zero_()
+        if self.op.method == "topk":
+            self.workspace.zero_()
 
     def encode(self, turn: int, row: int = 0) -> None:
         x, fields = self.grads[turn % len(self.grads)], [field[row] for field in self.fields]
@@ -154,6 +184,49 @@ def in_torch(op: Op, residual: Tensor, out: Tensor, run: Run) -> Callable[[Tenso
     return None
 
 
+def time_turns(run: Run, isas: list[str], threads: int, turns: int, plain: Callable[[Tensor], None] | None) -> dict[str, list[float]]:
+    """Seconds of every turn of axpy, of the op with each instruction set and of torch's way, which is slow and runs in every fifth."""
+    from commopt import _C
+
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times: dict[str, list[float]] = {key: [] for key in ("axpy", *isas, "torch")}
+
+    def timed(key: str, body: Callable[[], None]) -> None:
+        start = clock()
+        body()
+        times[key].append(clock() - start)
+
+    residual, grads = run.residual, run.grads
+    for turn in range(turns):
+        added = grads[(turn + 2) % len(grads)].float()  # not the one that the op is about to read from memory
+        residual.abs().max()  # all find the residual in the same state of the caches
+        timed("axpy", lambda: _C.cpu.axpy(residual.data_ptr(), added.data_ptr(), residual.numel(), threads))
+        residual.sub_(added)
+        for isa in isas:
+            _C.cpu.use_isa(isa)
+            timed(isa, lambda: run(turn))
+        if plain and turn % 5 == 0:
+            saved = residual.clone()
+            timed("torch", lambda: plain(grads[turn % len(grads)]))
+            residual.copy_(saved)
+    return times
+
+
+def time_op(run: Run, isas: list[str], threads: int, turns: int, compare: bool) -> dict[str, list[float]]:
+    """As time_turns: of the steady state or, for a rising op, of the first steps."""
+    if not run.op.rising:
+        run.restart()
+        for turn in range(32):  # fills both rows; top-k finds its threshold
+            run.encode(turn, row=turn % 2)
+        return time_turns(run, isas, threads, turns, in_torch(run.op, run.residual, run.out, run) if compare else None)
+    best: dict[str, list[float]] = {"torch": []}
+    for isa in isas * 3:
+        run.restart()
+        for key, found in time_turns(run, [isa], threads, turns, None).items():
+            best[key] = [min(pair) for pair in zip(best.get(key, found), found)]
+    return best
+
+
 def measure(ops=tuple(OPS), n: int = 1 << 24, dtype: torch.dtype = torch.float32, isas=None, threads=(1,), turns: int = 15,
             compare: bool = True) -> list[dict]:
     """One row per op, instruction set and thread count: a dict of what was run and what it took."""
@@ -167,48 +240,19 @@ def measure(ops=tuple(OPS), n: int = 1 << 24, dtype: torch.dtype = torch.float32
             _C.cpu.use_isa(isa)
             for name in ops:
                 verify(cpu, OPS[name], dtype)
-        grads, residual, out = gradients(n, dtype, GRADIENTS), torch.zeros(n), torch.zeros(n, dtype=dtype)
-        axpy_in = grads[0].float()
+        residual, out = torch.zeros(n), torch.zeros(n, dtype=dtype)
+        inputs = {rising: (alike if rising else gradients)(n, dtype, GRADIENTS) for rising in {OPS[name].rising for name in ops}}
         for count in threads:
             torch.set_num_threads(count)
-            clock = time.process_time if count == 1 else time.perf_counter
             for name in ops:
-                run = Run(cpu, OPS[name], grads, residual, out)
-                residual.zero_()
-                for turn in range(32):  # fills both rows; top-k finds its threshold
-                    run.encode(turn, row=turn % 2)
-                candidates: dict[str, Callable[[int], None]] = {
-                    "axpy": lambda turn: _C.cpu.axpy(residual.data_ptr(), axpy_in.data_ptr(), n, count)
-                }
+                times = time_op(Run(cpu, OPS[name], inputs[OPS[name].rising], residual, out), isas, count, turns, compare)
                 for isa in isas:
-                    candidates[isa] = run
-                plain = in_torch(OPS[name], residual, out, run) if compare else None
-                times: dict[str, list[float]] = {key: [] for key in candidates} | {"torch": []}
-                for turn in range(turns):
-                    for key, candidate in candidates.items():
-                        if key == "axpy":
-                            kept = residual.abs().max()  # noqa: F841  both find the residual in the same state of the caches
-                        else:
-                            _C.cpu.use_isa(key)
-                        start = clock()
-                        candidate(turn)
-                        times[key].append(clock() - start)
-                        if key == "axpy" and not OPS[name].decode:
-                            residual.sub_(axpy_in)
-                    if plain and turn % 5 == 0:
-                        saved = residual.clone()
-                        start = clock()
-                        plain(grads[turn % GRADIENTS])
-                        times["torch"].append(clock() - start)
-                        residual.copy_(saved)
-                for isa in isas:
-                    best, axpy = min(times[isa]), min(times["axpy"])
-                    ratios = [a / b for a, b in zip(times["axpy"], times[isa])]
+                    best, axpy, median = min(times[isa]), min(times["axpy"]), statistics.median(times[isa])
                     rows.append({
                         "op": name, "n": n, "dtype": str(dtype)[6:], "isa": isa, "threads": count, "ns_per_value": best / n * 1e9,
-                        "axpy_ns": axpy / n * 1e9, "of_axpy": axpy / best, "median": statistics.median(ratios),
-                        "vs_torch": min(times["torch"]) / best if times["torch"] else None,
-                        "spread": statistics.median(times[isa]) / best,
+                        "axpy_ns": axpy / n * 1e9, "of_axpy": axpy / best,
+                        "median": statistics.median(a / b for a, b in zip(times["axpy"], times[isa])),
+                        "vs_torch": min(times["torch"]) / best if times["torch"] else None, "worst": max(times[isa]) / median,
                     })
     finally:
         _C.cpu.use_isa(before[0])
@@ -217,32 +261,36 @@ def measure(ops=tuple(OPS), n: int = 1 << 24, dtype: torch.dtype = torch.float32
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'op':<16}{'isa':<8}{'thr':>4}{'ns/value':>10}{'axpy':>8}{'of axpy':>9}{'median':>8}{'x torch':>9}{'spread':>8}"]
+    lines = [f"{'op':<16}{'isa':<8}{'threads':>8}{'ns/value':>10}{'axpy':>8}{'of axpy':>9}{'median':>8}{'x torch':>9}{'worst':>8}"]
     for r in rows:
         torch_ratio = f"{r['vs_torch']:.1f}" if r["vs_torch"] else "-"
-        lines.append(f"{r['op']:<16}{r['isa']:<8}{r['threads']:>4}{r['ns_per_value']:>10.3f}{r['axpy_ns']:>8.3f}{r['of_axpy']:>9.2f}"
-                     f"{r['median']:>8.2f}{torch_ratio:>9}{r['spread']:>8.2f}")
+        lines.append(f"{r['op']:<16}{r['isa']:<8}{r['threads']:>8}{r['ns_per_value']:>10.3f}{r['axpy_ns']:>8.3f}{r['of_axpy']:>9.2f}"
+                     f"{r['median']:>8.2f}{torch_ratio:>9}{r['worst']:>8.2f}")
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="commopt bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1 << 24)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--ops", default=",".join(OPS), help="separated by commas: " + ", ".join(OPS))
-    parser.add_argument("--isas", help="default: the best this machine has")
-    parser.add_argument("--threads", default="1")
-    parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--no-torch", action="store_true", help="leave torch's own sequence out")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    ops = args.ops.split(",")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--n", type=int, default=1 << 24, help="elements of the gradient; 16777216")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the gradient")
+    parser.add_argument("--ops", default=",".join(OPS), help="separated by commas: " + ", ".join(OPS).replace("%", "%%"))
+    parser.add_argument("--isas", help="instruction sets, separated by commas; default: the best this machine has")
+    parser.add_argument("--threads", default="1", help="thread counts, separated by commas")
+    parser.add_argument("--turns", type=int, default=15, help="of every op")
+    parser.add_argument("--no-torch", action="store_true", help="leave torch's own way out")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
+
+
+def main(args: argparse.Namespace) -> int:
+    ops, threads = args.ops.split(","), [int(t) for t in args.threads.split(",")]
     if unknown := [op for op in ops if op not in OPS]:
-        parser.error(f"unknown op {unknown[0]!r}; known are {', '.join(OPS)}")
-    isas = args.isas.split(",") if args.isas else None
-    rows = measure(ops, args.n, DTYPES[args.dtype], isas, [int(t) for t in args.threads.split(",")], args.turns, not args.no_torch)
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
-
-
-if __name__ == "__main__":
-    main()
+        raise ValueError(f"--ops: unknown op {unknown[0]!r}; known are {', '.join(OPS)}")
+    if args.n < 1 or args.turns < 1 or min(threads) < 1:
+        raise ValueError(f"a bench needs at least 1 element, 1 turn and 1 thread, got --n {args.n} --turns {args.turns} --threads {args.threads}")
+    rows = measure(ops, args.n, DTYPES[args.dtype], args.isas.split(",") if args.isas else None, threads, args.turns, not args.no_torch)
+    if args.json:
+        what = {"torch": torch.__version__, "commopt": commopt.__version__, "machine": platform.machine()}
+        text = json.dumps({"what": what, "rows": rows}, indent=1) + "\n"
+        sys.stdout.write(text) if args.json == "-" else open(args.json, "w").write(text)
+    if args.json != "-":
+        print(table(rows))
+    return 0

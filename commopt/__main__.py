@@ -144,8 +144,6 @@ def _show(value: dict[str, Any], text: str, path: str | None) -> None:
 
 def _bench(name: str, argv: list[str]) -> int:
     module = importlib.import_module(f"commopt.bench.{name}")
-    if not hasattr(module, "add_arguments"):
-        return module.main(argv) or 0
     parser = argparse.ArgumentParser(
         prog=f"python -m commopt bench {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

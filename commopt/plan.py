@@ -63,7 +63,11 @@ def split(
     parts = [Part(start, end, never_larger(c, end - start, dtype)) for (start, c), end in zip(starts, ends)]
     lossy = [(p.start, p.stop) for p in parts if p.compressor.name != "none"]
     spans = [torch.arange(s, e) for s, e in exact if any(start <= s < end for start, end in lossy)]
-    return parts, torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+    inside = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+    fields = [f for p in parts for f in p.compressor.fields(p.stop - p.start)] + [("exact", torch.float32, inside.numel())]
+    if lossy and Layout(fields).nbytes >= stop * dtype.itemsize:  # little to compress among much that is exact
+        return [Part(0, stop, parse("none"))], inside[:0]
+    return parts, inside
 
 
 class Message:

@@ -34,15 +34,16 @@ class Residuals:
         self._flats = {i: f for i, f in self._flats.items() if f[1].untyped_storage().data_ptr() in held}
         self._flats[plan.number] = (plan, flat, None if self._scale is None else flat.clone())
 
-    def follow(self, scale: Tensor) -> None:
-        """Called before a step's first exchange, when a GradScaler has decided about the step before it. A lower scale
-        means that it skipped that step: every residual goes back to what it was before. Decided on the device.
+    def follow(self, scale: Tensor, backoff: float) -> None:
+        """Called before a step's first exchange, when a GradScaler has decided about the step before it. A scale that fell
+        by the factor `backoff` means that it skipped that step: every residual goes back to what it was before. Decided on
+        the device. Any other change of the scale leaves residuals alone, which are in unscaled units.
 
         scale: float32 [1], the loss scale now. Costs a copy of the residual, which nothing needs without a GradScaler.
         """
         if self._scale is None:
             self._scale = scale.clone()
-        taken = scale >= self._scale.to(scale.device)
+        taken = (scale / self._scale.to(scale.device) - backoff).abs() > 1e-6
         for number, (plan, flat, undo) in self._flats.items():
             if undo is None:
                 undo = flat.clone()

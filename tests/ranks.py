@@ -29,6 +29,7 @@ for path in (str(HERE), str(HERE.parent)):  # for the fork server and for script
     if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = path + os.pathsep + os.environ.get("PYTHONPATH", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # large tensors go back to the system when freed: resident memory is what is held
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "torch.onnx", "pytest", "numpy"])
@@ -61,12 +62,30 @@ def run(world: int, test, *, seconds: float = 60, timeout: float = 30, lost: tup
     for rank in range(world):
         ours, theirs = _context.Pipe()
         arguments = (rank, world, port, timeout, test, given, theirs, f"{stacks.name}/{rank}")
-        process = _context.Process(target=_work, args=arguments, daemon=True)
+        process = _context.Process(target=_work, args=arguments)
         process.start()
         theirs.close()
         ranks.append((process, ours))
     answers: dict[int, tuple[bool, object]] = {}
-    expected = [rank for rank in range(world) if rank not in lost]
+    try:
+        silent = _collect(ranks, answers, [rank for rank in range(world) if rank not in lost], deadline)
+    finally:
+        for process, pipe in ranks:
+            pipe.close()
+            process.kill()
+            process.join(10)
+    failed = [f"--- rank {rank} of {world}:\n{said}" for rank, (fine, said) in answers.items() if not fine]
+    for rank in silent:
+        stack = pathlib.Path(f"{stacks.name}/{rank}")
+        failed.append(f"--- rank {rank} of {world} had not ended after {seconds} s, or 3 s after another failed:\n"
+                      + (stack.read_text() if stack.exists() else ""))
+    if failed:
+        raise AssertionError("\n".join(failed))
+    return [answers[rank][1] for rank in range(world) if rank in answers]
+
+
+def _collect(ranks: list, answers: dict[int, tuple[bool, object]], expected: list[int], deadline: float) -> list[int]:
+    """Fills answers in; returns the ranks that gave none, which have written their stacks to their files."""
     while len(answers) < len(expected) and time.monotonic() < deadline:
         waiting = {ranks[rank][1]: rank for rank in expected if rank not in answers}
         for pipe in multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic())):
@@ -82,18 +101,7 @@ def run(world: int, test, *, seconds: float = 60, timeout: float = 30, lost: tup
         os.kill(ranks[rank][0].pid, signal.SIGUSR1)
     if silent:
         time.sleep(0.3)
-    for process, pipe in ranks:
-        pipe.close()
-        process.kill()
-        process.join(10)
-    failed = [f"--- rank {rank} of {world}:\n{said}" for rank, (fine, said) in answers.items() if not fine]
-    for rank in silent:
-        stack = pathlib.Path(f"{stacks.name}/{rank}")
-        failed.append(f"--- rank {rank} of {world} had not ended after {seconds} s, or 3 s after another failed:\n"
-                      + (stack.read_text() if stack.exists() else ""))
-    if failed:
-        raise AssertionError("\n".join(failed))
-    return [answers[rank][1] for rank in expected]
+    return silent
 
 
 def _work(rank: int, world: int, port: int, timeout: float, test, given: dict, pipe, stack: str) -> None:

@@ -156,11 +156,13 @@ def test_launch_tells_which_rank_failed_and_ends_the_others(workers):
 
 def test_launch_stopped_by_a_signal_leaves_nobody(workers, tmp_path):
     """SIGTERM is cleaned up after; of SIGKILL the kernel tells the workers."""
+    launchers = {}
     for number in (signal.SIGTERM, signal.SIGKILL):
         pids = tmp_path / f"pids-{number}"
         pids.mkdir()
         code = f"from commopt.bench import launch; launch.run('test_cli', {{'do': 'sleep', 'pids': {str(pids)!r}}}, 2, timeout=60)"
-        launcher = subprocess.Popen([sys.executable, "-c", code])
+        launchers[pids] = number, subprocess.Popen([sys.executable, "-c", code])
+    for pids, (number, launcher) in launchers.items():
         within(30, lambda: len(list(pids.iterdir())) == 2)
         launcher.send_signal(number)
         launcher.wait(30)

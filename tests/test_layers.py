@@ -10,7 +10,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 
 # A module may import those to its left, and of its own layer. kernels/ is commopt.kernels, bench/ is commopt.bench.
-LAYERS = [["kernels", "_C"], ["backends"], ["spec", "wire"], ["compressors"], ["plan", "residual"], ["collectives"], ["schedulers"],
+LAYERS = [["kernels", "_C"], ["backends"], ["spec", "wire"], ["compressors"], ["plan", "residual"], ["shares"], ["collectives"], ["schedulers"],
           ["hooks"], ["tuning"], ["trainers"], ["__init__"], ["info", "__main__"], ["bench"]]
 NOTHING_OF_OURS = {"spec": ["spec"], "wire": ["wire"], "kernels": ["kernels"], "compressors": ["spec", "wire", "compressors"]}
 VERSION_ONLY = {"__version__"}  # what anybody may take from the package itself
@@ -100,8 +100,8 @@ print(json.dumps({
 
 
 def test_importing_commopt_costs_and_starts_nothing():
-    """Processor time beyond torch's, median of five: a busy machine does not count."""
-    runs = [_fresh(IMPORT) for _ in range(5)]
+    """Processor time beyond torch's, median of three: a busy machine does not count."""
+    runs = [_fresh(IMPORT) for _ in range(3)]
     for r in runs:
         assert r["threads"] == 0 and r["python"] == 1, "a thread was started"
         assert not r["cuda"], "a CUDA context was made"
@@ -109,7 +109,7 @@ def test_importing_commopt_costs_and_starts_nothing():
                   or m in ("commopt.kernels", "commopt.bench", "torch._dynamo", "torch._inductor")]
         assert not loaded, loaded
     seconds = sorted(r["seconds"] for r in runs)
-    assert seconds[2] < 0.2, f"import commopt takes {seconds} s beyond import torch"
+    assert seconds[1] < 0.2, f"import commopt takes {seconds} s beyond import torch"
 
 
 def test_the_public_names_are_those_of_the_design():

@@ -137,7 +137,7 @@ def test_flushed_denormals_change_nothing():
 
     n = 150_000
     for op in OPS:
-        options = next(iter(variants(op, n))) | ({"k": 1500} if op == "topk" else {})
+        options = next(iter(variants(op, n))) | ({"k": 1500} if op == "topk" else {}) | {"residual": False}  # it would swamp them
         want = run(reference, op, n, "denormal", torch.float32, **options)
         for isa, threads in itertools.product(ISAS, (1, 3)):
             _C.cpu.use_isa(isa)
@@ -174,7 +174,8 @@ if child == 0:
     signal.alarm(20)
     for _ in range(3):
         _C.cpu.axpy(r.data_ptr(), g.data_ptr(), n, 4)
-    os._exit(0 if (r.numpy() == 4).all() else 1)
+    alone = len(os.listdir("/proc/self/task")) == 1
+    os._exit(2 if alone else 0 if (r.numpy() == 4).all() else 1)
 _, status = os.waitpid(child, 0)
 _C.cpu.axpy(r.data_ptr(), g.data_ptr(), n, 4)
 assert (r.numpy() == 2).all()

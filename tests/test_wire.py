@@ -111,7 +111,7 @@ def test_wire_bytes_is_exact_and_never_more_than_dense(spec, dtype):
         assert 0 <= said <= dense
         if compressor.name != "none":
             assert said == Layout(compressor.fields(n)).nbytes < dense
-            if n < 5000:
+            if n < 40 or n in (127, 128, 129, 1000, 1024):
                 assert said == len(message(str(compressor), torch.ones(n, dtype=dtype)))
     with pytest.raises(ValueError, match="n must be"):
         commopt.wire_bytes(spec, -1)

@@ -2,28 +2,37 @@
 
 Each call begins at once and returns a Pending; `wait` returns when the rows have arrived. `fill(r)` is called to write
 the row for rank r, as late as the network allows, so that one row travels while the next is encoded. When it raises, or an
-earlier phase failed, the other ranks still get a row, a poisoned one: nobody waits for a rank that gave up.
+earlier phase failed, the row is sent all the same, as 0xff bytes: the others wait for it. They learn of the failure when
+backward ends. A peer that is gone is a ConnectionError.
 """
 
 from collections.abc import Callable, Generator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Fill = Callable[[int], None]
-_MARK = 16  # the first bytes of a poisoned row
+_HANG_UP = 2**31 - 1  # a tag that no exchange uses
 
 
-class Poison(Exception):
-    """A row of 0xff bytes arrived: its sender failed to write it, and had posted why before it sent this."""
+def hang_up(group: dist.ProcessGroup) -> None:
+    """Closes this rank's connections in a gloo group: whatever is under way with it, or begins later, fails on both sides
+    at once instead of at the timeout. gloo closes a connection when a receive times out."""
+    for r in dist.get_process_group_ranks(group):
+        try:
+            if r != dist.get_rank():
+                dist.irecv(torch.empty(1, dtype=torch.uint8), r, group, _HANG_UP).wait(timedelta(milliseconds=1))
+        except RuntimeError:
+            pass
 
 
 class Pending:
-    """What has begun: arrivals, departures, the rows to look at when they have arrived, and what already failed."""
+    """What has begun, arrivals and departures, and what already failed."""
 
-    def __init__(self, works=(), rows: tuple[Tensor, ...] = (), failed: Exception | None = None):
-        self._works, self._rows, self._failed = works, rows, failed
+    def __init__(self, works=(), failed: Exception | None = None):
+        self._works, self._failed = works, failed
 
     def wait(self) -> Exception | None:
         """What went wrong, or None. Never raises: a rank that stopped here would leave others waiting for its next row."""
@@ -32,10 +41,7 @@ class Pending:
             try:
                 work.wait()
             except Exception as error:
-                failed = failed or error
-        for row in self._rows:
-            if failed is None and row.numel() >= _MARK and row[:_MARK].numpy().tobytes() == b"\xff" * _MARK:
-                failed = Poison()
+                failed = failed or ConnectionError(str(error))
         return failed
 
 
@@ -59,12 +65,12 @@ class Link:
         return [(self.rank + i) % self.world for i in range(1, self.world)]
 
     def _written(self, fill: Fill, r: int, row: Tensor, failed: Exception | None) -> Exception | None:
-        """Has the row written, or poisoned after a failure, which is returned."""
+        """Has the row written, or filled with 0xff after a failure, which is returned."""
         try:
             if failed is None:
                 fill(r)
                 return None
-        except Exception as error:  # the others wait for this row: post why it is not what they expect, then send it
+        except Exception as error:  # post why the row is not what the others expect before it is sent
             self._on_failure(error)
             failed = error
         row.fill_(0xFF)
@@ -74,38 +80,36 @@ class Link:
         if row.numel():
             works.append(dist.isend(row, self._peers[r], self.group, tag))
 
-    def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> tuple[Tensor, ...]:
-        arriving = [(r, rows[r, : sizes[r]]) for r in self._others() if sizes[r]]
-        works += [dist.irecv(row, self._peers[r], self.group, tag) for r, row in arriving]
-        return tuple(row for _, row in arriving)
+    def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> None:
+        works += [dist.irecv(rows[r, : sizes[r]], self._peers[r], self.group, tag) for r in self._others() if sizes[r]]
 
     def scatter(self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int) -> Pending:
         """Row r of `departing` goes to rank r and arrives in row `self.rank` there. Shard sizes differ: sizes[r] bytes are
         meant for rank r. This rank's own row is written into `arriving` by fill. The first phase of exchange `number`."""
-        works, failed, rows = [], None, ()
+        works, failed = [], None
         try:
-            rows = self._receive(arriving, [sizes[self.rank]] * self.world, 2 * number, works)
+            self._receive(arriving, [sizes[self.rank]] * self.world, 2 * number, works)
             for r in self._others():
                 row = departing[r, : sizes[r]]
                 failed = self._written(fill, r, row, failed)
                 self._send(row, r, 2 * number, works)
             failed = self._written(fill, self.rank, arriving[self.rank], failed)
-        except RuntimeError as error:  # the network: a peer is gone
-            failed = failed or error
-        return Pending(works, rows, failed)
+        except RuntimeError as error:  # a peer is gone
+            failed = failed or ConnectionError(str(error))
+        return Pending(works, failed)
 
     def gather(self, rows: Tensor, sizes: list[int], fill: Fill, number: int, failed: Exception | None = None) -> Pending:
         """Row r of every rank becomes what rank r writes there, sizes[r] bytes. The last phase of exchange `number`."""
-        works, arriving = [], ()
+        works = []
         try:
-            arriving = self._receive(rows, sizes, 2 * number + 1, works)
+            self._receive(rows, sizes, 2 * number + 1, works)
             own = rows[self.rank, : sizes[self.rank]]
             failed = self._written(fill, self.rank, own, failed)
             for r in self._others():
                 self._send(own, r, 2 * number + 1, works)
         except RuntimeError as error:
-            failed = failed or error
-        return Pending(works, arriving, failed)
+            failed = failed or ConnectionError(str(error))
+        return Pending(works, failed)
 
 
 class DeviceLink(Link):

@@ -29,6 +29,11 @@ class LossScale:
         """float32 [1] on the scaler's device, or None without a scaler."""
         return None if self._scaler is None else self._scaler._scale.view(1)
 
+    @property
+    def backoff(self) -> float:
+        """What the scaler multiplies its scale with when it skips a step."""
+        return self._scaler.get_backoff_factor()
+
     def updated(self) -> bool:
         """Whether the scaler has decided about a step since this was last asked."""
         if self._scaler is None or self._scaler._scale._version == self._version:

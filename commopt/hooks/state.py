@@ -14,7 +14,7 @@ from torch.futures import Future
 
 from .. import __version__
 from ..collectives import COLLECTIVES
-from ..collectives.link import Link, Poison, link_for
+from ..collectives.link import Link, hang_up, link_for
 from ..collectives.run import Runner
 from ..compressors import Compressor, parse
 from ..plan import Parameter, Plan
@@ -44,12 +44,13 @@ class State:
         self, model: torch.nn.Module, spec: str | Compressor, *, rules: dict[str, str | Compressor] | None = None,
         group: dist.ProcessGroup | None = None, start_step: int = 1, seed: int = 0,
     ):
-        self.spec = parse(spec)
-        self.rules = {patterns: parse(rule) for patterns, rule in (rules or {}).items()}
-        if start_step < 0:
-            raise ValueError(f"start_step must be the number of a step, 0 or more, got {start_step}")
         if not dist.is_initialized():
             raise RuntimeError("commopt needs a process group: call torch.distributed.init_process_group first")
+        wrong = None
+        try:
+            self._understand(spec, rules or {}, start_step)
+        except ValueError as error:  # raised when the others know of it: they would wait
+            wrong = error
         self.start_step, self.seed = start_step, seed
         self.step = -1
         self._number = next(_numbers)
@@ -58,12 +59,14 @@ class State:
         self._parameters = {id(p): Parameter(n, p.shape, p.numel()) for n, p in named}
         self._keep_alive = [p for _, p in named]  # an id is a key only while its owner lives
         self._make_groups(group if group is not None else getattr(model, "process_group", None))
-        self._facts = {
-            "commopt": __version__, "spec": str(self.spec), "rules": {k: str(v) for k, v in self.rules.items()},
-            "start_step": start_step, "seed": seed, "world size": self.world,
+        facts = {
+            "commopt": __version__, "arguments": f"refused: {wrong}" if wrong else "accepted",
+            "spec": str(spec), "rules": {k: str(v) for k, v in (rules or {}).items()}, "start_step": start_step, "seed": seed, "world size": self.world,
             "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
         }
-        agree(self._control, self._facts)
+        agree(self._control, facts)
+        if wrong:
+            raise wrong
         if self.world == 1:
             log.warning("commopt: the group has one rank, so there is nothing to exchange; gradients are compressed all the same")
         self._plans: dict[tuple[int, ...], Plan] = {}
@@ -75,9 +78,17 @@ class State:
         self._plan_numbers = itertools.count()
         self._links: dict[torch.device, tuple[Link, Runner]] = {}
         self._error: Exception | None = None
+        self._left = False  # whether this rank has hung up after an error
+        self._backward = -1  # the number of the backward whose end is awaited
         self._sinks: list[tuple[Callable, int]] = []
         self._said = False
         self.reset_stats()
+
+    def _understand(self, spec: str | Compressor, rules: dict[str, str | Compressor], start_step: int) -> None:
+        self.spec = parse(spec)
+        self.rules = {patterns: parse(rule) for patterns, rule in rules.items()}
+        if not isinstance(start_step, int) or start_step < 0:
+            raise ValueError(f"start_step must be the number of a step, 0 or more, got {start_step!r}")
 
     def _make_groups(self, group: dist.ProcessGroup | None) -> None:
         """Own groups: a group shared with another thread gives silently wrong sums."""
@@ -97,19 +108,21 @@ class State:
 
     def exchange(self, x: Tensor, parameters: list[Tensor]) -> Future:
         """Averages x, the flat gradient of the parameters, in place. The future holds x. Never raises: see `_end_step`."""
-        in_backward = torch._C._current_graph_task_id() != -1
+        backward = torch._C._current_graph_task_id()  # -1: none, this rank has joined
         try:
+            if backward not in (-1, self._backward):  # with reentrant checkpoints a step has several, each with its end
+                self._backward = backward
+                _after_backward(self)
             known = [self._parameters[id(p)] for p in parameters]
-            if self._error is None:
+            if not self._left:
                 if self.step < 0 or known[0].name in self._exchanged:
                     self._begin_step()
-                    if in_backward:
-                        _after_backward(self)
                 self._exchanged.update(p.name for p in known)
-                return self._send(x, known, tuple(map(id, parameters)), joined=not in_backward)
+                return self._send(x, known, tuple(map(id, parameters)), joined=backward == -1)
         except Exception as error:
             self._fail(error, "in the hook")
-        if not in_backward and self._error is not None:  # within join() nothing follows where it could be raised
+            self._leave()
+        if backward == -1 and self._error is not None:  # within join() nothing follows where it could be raised
             raise self._error
         return _completed(x)
 
@@ -153,6 +166,7 @@ class State:
 
     def _begin_step(self) -> None:
         self.step += 1
+        self._steps += 1
         self._exchanged.clear()
         active, compressed = None, self.step - self.start_step
         if compressed >= 0 and not self._paused:
@@ -162,19 +176,21 @@ class State:
         if not self._plans or self.step < 2:
             self._loss_scale.find()
         if self._loss_scale.updated():
-            self._residuals.follow(self._loss_scale.value)
+            self._residuals.follow(self._loss_scale.value, self._loss_scale.backoff)
 
     def _end_step(self, backward_done: float) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
         on all ranks, with the reducer in good order."""
         self._exposed += time.perf_counter() - backward_done
-        self._steps += 1
         finite = [plan.finite for plan in self._plans.values() if plan.finite is not None]
         if finite and finite[0].device.type == "cpu":
             self._nonfinite += not all(finite)
         elif finite:
             self._nonfinite = self._nonfinite + ~torch.stack(finite).all()
+        if self._error is None:
+            self._hear()
         if self._error is not None:
+            self._leave()
             raise self._error
         if not self._said and self._active is not None:
             self._said = True
@@ -185,18 +201,32 @@ class State:
                 sink(self.stats(), self.step)
 
     def _fail(self, error: Exception, where: str) -> None:
-        """Records the first failure, and posts it so that all ranks raise the same."""
+        """Records the first failure and posts it, so that all ranks raise the same at the end of this backward."""
         text = f"commopt: rank {self.rank} failed {where}: {type(error).__name__}: {error}"
         try:
-            if isinstance(error, Poison):
-                text = self._store.get("abort").decode()
-            else:
-                text = self._store.compare_set("abort", "", text).decode()
+            text = self._store.compare_set("abort", "", text).decode()
         except Exception:  # the store died with its host; every rank then tells what it saw itself
             pass
         if self._error is None:
             self._error = RuntimeError(text)
-            self._error.__cause__ = None if isinstance(error, Poison) else error
+            self._error.__cause__ = error
+        if isinstance(error, ConnectionError):
+            self._leave()
+
+    def _hear(self) -> None:
+        """Takes over the failure that another rank has posted, if one has."""
+        try:
+            if self._store.check(["abort"]):
+                self._error = RuntimeError(self._store.get("abort").decode())
+        except Exception:  # the store died with its host; the next exchange with it tells
+            pass
+
+    def _leave(self) -> None:
+        """Hangs up: ranks that wait for this one, now or in a later step, find out at once and not at the timeout. A rank
+        that could not write or read a message goes on until its backward ends, for the others' sake, and leaves then."""
+        if not self._left:
+            self._left = True
+            hang_up(self._control)
 
     # --- what the user calls ---
 
@@ -272,10 +302,13 @@ class State:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what state_dict returned, with any spec and world size."""
-        if state.get("version") != 1:
-            raise ValueError(f"state['version'] must be 1, got {state.get('version')!r}: is this what handle.state_dict() returned?")
+        if not isinstance(state, dict) or state.get("version") != 1 or not {"step", "residual"} <= state.keys():
+            raise ValueError("state must be what handle.state_dict() returned, with version 1, step and residual, got "
+                             + (f"version {state.get('version')!r} and keys {', '.join(map(str, state))}" if isinstance(state, dict) else repr(state)))
         sizes = {p.name: p.numel for p in self._parameters.values()}
         for name, value in state["residual"].items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"state['residual'][{name!r}] must be a tensor, got {type(value).__name__}")
             if sizes.get(name) != value.numel():
                 raise ValueError(f"state['residual'][{name!r}] has {value.numel()} elements, but the model's parameter has {sizes.get(name, 'none')}")
         self.step = state["step"]

@@ -1,5 +1,6 @@
 // Which table of kernels runs, and how an op is split over threads.
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "exact_topk.h"
@@ -58,7 +59,10 @@ void run(const TopkEncode& op, int threads) {
   topk_encode(*chosen, op, (int)std::max<int64_t>(1, std::min<int64_t>(threads, op.in.n / kWorthwhile)));
 }
 void run(const TopkDecodeSum& op, int threads) {
-  split(op.out.n, kTile, threads, [&](int64_t begin, int64_t end) { chosen->topk_decode_sum(op, begin, end); });
+  split(op.out.n, kTile, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> tile(new float[kTile]);  // too large for the stack of some threads
+    chosen->topk_decode_sum(op, tile.get(), begin, end);
+  });
 }
 void run(const SparseAdd& op, int) {
   DefaultFloats floats;

@@ -7,6 +7,7 @@
 
 namespace {
 
+// both: exclusive or. last: a final round's two words, side by side in a lane: high half of p ^ a ^ b, then low half of p.
 #if defined(__AVX512F__)
 constexpr int kLanes = 8;
 using Lanes = __m512i;
@@ -17,9 +18,16 @@ CODEC Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi64(a, b); }
 CODEC Lanes product(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 CODEC Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
 CODEC Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-CODEC Lanes joined(Lanes low, Lanes high) { return _mm512_mask_blend_epi32(0xaaaa, low, _mm512_slli_epi64(high, 32)); }
+CODEC Lanes both(Lanes a, Lanes b) { return _mm512_xor_si512(a, b); }
+CODEC Lanes last(Lanes p, Lanes a, Lanes b) { p = _mm512_rol_epi64(p, 32); return _mm512_mask_ternarylogic_epi32(p, 0x5555, a, b, 0x96); }
 CODEC Lanes evens(Lanes a, Lanes b) { return _mm512_unpacklo_epi64(a, b); }
 CODEC Lanes odds(Lanes a, Lanes b) { return _mm512_unpackhi_epi64(a, b); }
+
+// table[code] of sixteen 4-bit codes in order, the even element in the low nibble.
+CODEC __m512 looked_up(const uint8_t* codes, __m512 table) {
+  const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)codes));
+  return _mm512_permutexvar_ps(_mm512_or_si512(byte, _mm512_slli_epi64(byte, 28)), table);
+}
 #elif defined(__AVX2__)
 constexpr int kLanes = 4;
 using Lanes = __m256i;
@@ -30,7 +38,8 @@ CODEC Lanes plus(Lanes a, Lanes b) { return _mm256_add_epi64(a, b); }
 CODEC Lanes product(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
 CODEC Lanes high(Lanes a) { return _mm256_srli_epi64(a, 32); }
 CODEC Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-CODEC Lanes joined(Lanes low, Lanes high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xaa); }
+CODEC Lanes both(Lanes a, Lanes b) { return _mm256_xor_si256(a, b); }
+CODEC Lanes last(Lanes p, Lanes a, Lanes b) { return _mm256_blend_epi32(xor3(high(p), a, b), _mm256_slli_epi64(p, 32), 0xaa); }
 CODEC Lanes evens(Lanes a, Lanes b) { return _mm256_unpacklo_epi64(a, b); }
 CODEC Lanes odds(Lanes a, Lanes b) { return _mm256_unpackhi_epi64(a, b); }
 #else
@@ -43,8 +52,9 @@ CODEC Lanes plus(Lanes a, Lanes b) { return _mm_add_epi64(a, b); }
 CODEC Lanes product(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
 CODEC Lanes high(Lanes a) { return _mm_srli_epi64(a, 32); }
 CODEC Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(a, b), c); }
-CODEC Lanes joined(Lanes low, Lanes high) {
-  return _mm_or_si128(_mm_and_si128(low, _mm_set1_epi64x(0xffffffff)), _mm_slli_epi64(high, 32));
+CODEC Lanes both(Lanes a, Lanes b) { return _mm_xor_si128(a, b); }
+CODEC Lanes last(Lanes p, Lanes a, Lanes b) {
+  return _mm_or_si128(_mm_and_si128(xor3(high(p), a, b), _mm_set1_epi64x(0xffffffff)), _mm_slli_epi64(p, 32));
 }
 CODEC Lanes evens(Lanes a, Lanes b) { return _mm_unpacklo_epi64(a, b); }
 CODEC Lanes odds(Lanes a, Lanes b) { return _mm_unpackhi_epi64(a, b); }

@@ -1,5 +1,6 @@
 // Integer codes of 8 or 4 bits that share a scale per block.
 #pragma once
+#include "../codec/philox.h"
 #include "../codec/quantize.h"
 #include "half.h"
 #include "lanes.h"
@@ -10,37 +11,65 @@ namespace {
 using commopt::QuantDecodeSum;
 using commopt::QuantEncode;
 
-// codec/philox.h for a strip of elements that begins at a multiple of 8. A counter word sits in the low half of a lane and
+// codec/philox.h for a run of elements that begins at a multiple of 8. A counter word sits in the low half of a lane and
 // the high half is left as it falls: the next product ignores it. Lanes are in the order that makes evens() come first.
+// What does not depend on the low word of the group is worked out once: of the first two rounds one product each is left.
+constexpr int kDrawn = 256;  // elements at once; enough independent vectors that none waits for its own products
 struct Drawer {
-  Lanes key[7][2], order, step, stream;
+  const QuantEncode& op;
+  Lanes order, key[7][2], first_high, first_low, second_high;
+  uint64_t group_high;
 
-  explicit Drawer(const QuantEncode& op) : step(all(op.step)), stream(all(op.stream)) {
+  Drawer(const QuantEncode& op, int64_t begin) : op(op), group_high((uint64_t)begin / 8 >> 32) {
     uint64_t lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = (uint64_t)(lane / 2 + (lane & 1) * (kLanes / 2));
     order = load(lanes);
-    for (uint32_t round = 0; round < 7; ++round) {
-      key[round][0] = all((uint32_t)op.seed + round * 0x9E3779B9u);
-      key[round][1] = all((uint32_t)(op.seed >> 32) + round * 0xBB67AE85u);
+    uint32_t k0 = (uint32_t)op.seed, k1 = (uint32_t)(op.seed >> 32);
+    const uint64_t p1 = (uint64_t)0xCD9E8D57u * op.step;
+    const uint32_t c0 = (uint32_t)(p1 >> 32) ^ (uint32_t)group_high ^ k0;
+    const uint64_t p0 = (uint64_t)0xD2511F53u * c0;
+    for (int round = 0; round < 7; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      key[round][0] = all(k0), key[round][1] = all(k1);
+      if (round == 0) first_high = all(op.stream ^ k1);
+      if (round == 1) second_high = all((uint32_t)p1 ^ k0), first_low = all((uint32_t)(p0 >> 32) ^ k1);
+      if (round == 2) key[2][1] = all((uint32_t)p0 ^ k1);
     }
   }
 
-  CODEC void operator()(int64_t first, uint16_t* random) const {
+  template <int kVectors> CODEC void vectors(int64_t first, uint16_t* random) const {
     const Lanes m0 = all(0xD2511F53u), m1 = all(0xCD9E8D57u);
-    for (int at = 0; at < (int)kStrip; at += 8 * kLanes) {
-      const Lanes group = plus(all((uint64_t)(first + at) / 8), order);
-      Lanes c0 = group, c1 = high(group), c2 = step, c3 = stream;
-      for (int round = 0; round < 7; ++round) {
-        const Lanes p0 = product(c0, m0), p1 = product(c2, m1);
-        c0 = xor3(high(p1), c1, key[round][0]);
-        c2 = xor3(high(p0), c3, key[round][1]);
-        c1 = p1;
-        c3 = p0;
-      }
-      const Lanes w01 = joined(c0, c1), w23 = joined(c2, c3);
-      save(random + at, evens(w01, w23));
-      save(random + at + 4 * kLanes, odds(w01, w23));
+    Lanes c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      c3[v] = product(plus(all((uint64_t)first / 8 + v * kLanes), order), m0);
+      c1[v] = product(both(high(c3[v]), first_high), m1);
+      c2[v] = both(c3[v], first_low);
+      c0[v] = both(high(c1[v]), second_high);
     }
+    for (int round = 2; round < 6; ++round)
+      for (int v = 0; v < kVectors; ++v) {
+        const Lanes p0 = product(c0[v], m0), p1 = product(c2[v], m1);
+        c0[v] = xor3(high(p1), c1[v], key[round][0]);
+        c2[v] = round == 2 ? both(high(p0), key[2][1]) : xor3(high(p0), c3[v], key[round][1]);
+        c1[v] = p1;
+        c3[v] = p0;
+      }
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes w01 = last(product(c2[v], m1), c1[v], key[6][0]), w23 = last(product(c0[v], m0), c3[v], key[6][1]);
+      save(random + v * 8 * kLanes, evens(w01, w23));
+      save(random + v * 8 * kLanes + 4 * kLanes, odds(w01, w23));
+    }
+  }
+
+  // Writes whole vectors: random has room for kDrawn.
+  CODEC void operator()(int64_t first, int64_t count, uint16_t* random) const {
+    constexpr int kVectors = kLanes >= 8 ? 4 : 2, kStep = kVectors * kLanes * 8;
+    if ((uint64_t)(first + kDrawn) / 8 >> 32 != group_high) {
+      for (int64_t i = 0; i < count; ++i) random[i] = (uint16_t)philox16(philox(op.seed, op.step, op.stream, (uint64_t)(first + i) / 8), (int)((first + i) & 7));
+      return;
+    }
+    int64_t at = 0;
+    for (; at + kStep <= count; at += kStep) vectors<kVectors>(first + at, random + at);
+    for (; at < count; at += 8 * kLanes) vectors<1>(first + at, random + at);
   }
 };
 
@@ -58,52 +87,73 @@ template <bool kStochastic> CODEC Code code_of(float acc, float inverse, int lev
     float rounded = add(x, kRounder);
     return {(int32_t)bits_of(rounded) - zero, sub(rounded, kRounder)};
   }
+#if defined(__AVX512F__)
+  // The product is exact, so that fused or not the sum is the same.
+  int32_t q = (int32_t)__builtin_floorf(__builtin_fmaf((float)(int)random, 1.0f / 65536.0f, x));
+#else
   x = add(x, mul((float)(int)random, 1.0f / 65536.0f));
   float rounded = add(x, kRounder);
   int32_t q = (int32_t)bits_of(rounded) - zero - (sub(rounded, kRounder) > x ? 1 : 0);
+#endif
   q = q < levels ? q : levels;
   q = q > -levels ? q : -levels;
   return {q, (float)q};
+}
+
+// Codes and residual of up to kDrawn elements of one block.
+template <class X, bool kResidual, int kBits, bool kStochastic>
+CODEC void quant_encode_run(const QuantEncode& op, const Drawer& draw, BlockScale shared, float scale, float unscale, int64_t first, int64_t end) {
+  constexpr int levels = kBits == 8 ? 127 : 7;
+  const typename X::Stored* __restrict x = (const typename X::Stored*)op.in.x;
+  float* __restrict residual = op.in.residual;
+  uint8_t* __restrict codes = op.codes;
+  alignas(64) uint16_t random[kDrawn];
+  alignas(64) uint8_t q[kDrawn + 64];
+  if (kStochastic) draw(first, end - first, random);
+  strips(first, end, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      float acc = acc_of<X, kResidual>(x[at + i], residual, at + i, scale);
+      Code code = code_of<kStochastic>(acc, shared.inverse, levels, kStochastic ? random[at - first + i] : 0);
+      if (kBits == 8) codes[at + i] = (uint8_t)code.q;
+      else q[at - first + i] = (uint8_t)(code.q + 8);
+      if (kResidual) residual[at + i] = mul(sub(acc, mul(code.value, shared.scale)), unscale);
+    }
+  });
+  if (kBits == 8) return;
+  q[end - first] = 8;  // the partner of the last, where that is even
+  strips(0, (end - first + 1) / 2, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      uint16_t pair;
+      memcpy(&pair, q + 2 * (at + i), 2);
+      codes[first / 2 + at + i] = (uint8_t)(pair | pair >> 4);
+    }
+  });
 }
 
 template <class X, bool kResidual, int kBits, bool kStochastic>
 void quant_encode_loop(const QuantEncode& op, int64_t begin, int64_t end) {
   constexpr int levels = kBits == 8 ? 127 : 7;
   const typename X::Stored* __restrict x = (const typename X::Stored*)op.in.x;
-  float* __restrict residual = op.in.residual;
-  uint8_t* __restrict codes = op.codes;
   const float scale = *op.in.loss_scale, unscale = divide(1.0f, scale);
-  const Drawer draw(op);
+  const Drawer draw(op, begin);
+  // One block ahead, so that nothing waits for the way from the lanes to one maximum and through two divisions.
+  uint32_t next = absmax_of<X, kResidual>(x, op.in.residual, scale, begin, least(begin + op.block, end));
+  float* scales = op.scales + begin / op.block;
   for (int64_t first = begin; first < end; first += op.block) {
     const int64_t stop = least(first + op.block, end);
-    const uint32_t absmax = absmax_of<X, kResidual>(x, residual, scale, first, stop);
+    const uint32_t absmax = next;
+    next = absmax_of<X, kResidual>(x, op.in.residual, scale, stop, least(stop + op.block, end));
     const BlockScale shared = block_scale(absmax, levels);
-    op.scales[first / op.block] = shared.scale;
+    *scales++ = shared.scale;
     if (absmax >= kNonFinite) {
-      if (kBits == 8) memset(codes + first, 0, (size_t)(stop - first));
-      else memset(codes + first / 2, 0x88, (size_t)(stop - first + 1) / 2);
+      if (kBits == 8) memset(op.codes + first, 0, (size_t)(stop - first));
+      else memset(op.codes + first / 2, 0x88, (size_t)(stop - first + 1) / 2);
       continue;
     }
-    strips(first, stop, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-      uint16_t random[kStrip];
-      if (kStochastic) draw(at, random);
-      uint8_t q[kStrip + 1];
-      for (int64_t i = 0; i < count; ++i) {
-        float acc = acc_of<X, kResidual>(x[at + i], residual, at + i, scale);
-        Code code = code_of<kStochastic>(acc, shared.inverse, levels, kStochastic ? random[i] : 0);
-        if (kBits == 8) codes[at + i] = (uint8_t)code.q;
-        else q[i] = (uint8_t)(code.q + 8);
-        if (kResidual) residual[at + i] = mul(sub(acc, mul(code.value, shared.scale)), unscale);
-      }
-      if (kBits == 4) {
-        q[count] = 8;  // the partner of the last, where that is even
-        for (int64_t i = 0; i < (count + 1) / 2; ++i) {
-          uint16_t pair;
-          memcpy(&pair, q + 2 * i, 2);
-          codes[at / 2 + i] = (uint8_t)(pair | pair >> 4);
-        }
-      }
-    });
+    for (int64_t at = first; at < stop; at += kDrawn)
+      quant_encode_run<X, kResidual, kBits, kStochastic>(op, draw, shared, scale, unscale, at, least(at + kDrawn, stop));
   }
 }
 
@@ -118,6 +168,30 @@ void quant_encode(const QuantEncode& op, int64_t begin, int64_t end) {
   });
 }
 
+// sum[0 .. count - 1] <- decoded codes of one block, or += where they are not the first.
+template <int kBits, bool kFirst> CODEC void dequantize_run(const uint8_t* codes, float scale, int64_t count, float* sum) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if (kBits == 4) {
+    const __m512 q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512 table = _mm512_mul_ps(q, _mm512_set1_ps(scale));  // rounded like each product with the scale
+    for (; i + 16 <= count; i += 16) {
+      const __m512 value = looked_up(codes + i / 2, table);
+      _mm512_storeu_ps(sum + i, kFirst ? value : _mm512_add_ps(_mm512_loadu_ps(sum + i), value));
+    }
+  }
+#endif
+  uint16_t pairs[kStrip / 2 + 1];
+  if (kBits == 4)
+    for (int64_t j = i / 2; j < (count + 1) / 2; ++j) pairs[j] = (uint16_t)((codes[j] | codes[j] << 4) & 0x0f0f);
+  const int8_t* q = (const int8_t*)(kBits == 8 ? (const void*)codes : pairs);
+  constexpr int zero = kBits == 8 ? 0 : 8;
+  for (; i < count; ++i) {
+    const float value = dequantize((float)(q[i] - zero), scale);
+    sum[i] = kFirst ? value : add(sum[i], value);
+  }
+}
+
 template <class Out, int kBits> void quant_decode_loop(const QuantDecodeSum& op, int64_t begin, int64_t end) {
   typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
   for (int64_t block = begin / op.block; block * op.block < end; ++block) {
@@ -125,17 +199,10 @@ template <class Out, int kBits> void quant_decode_loop(const QuantDecodeSum& op,
       float sum[kStrip];
       for (int64_t w = 0; w < op.out.rows; ++w) {
         const float scale = row(op.scales, op.out.stride, w)[block];
-        const uint8_t* __restrict codes = row(op.codes, op.out.stride, w) + (kBits == 8 ? at : at / 2);
+        const uint8_t* codes = row(op.codes, op.out.stride, w) + (kBits == 8 ? at : at / 2);
         prefetch(codes, 1);
-        uint16_t pairs[kStrip / 2 + 1];
-        if (kBits == 4)
-          for (int64_t i = 0; i < (count + 1) / 2; ++i) pairs[i] = (uint16_t)((codes[i] | codes[i] << 4) & 0x0f0f);
-        const int8_t* q = (const int8_t*)(kBits == 8 ? (const void*)codes : pairs);
-        constexpr int zero = kBits == 8 ? 0 : 8;
-        if (w == 0)
-          for (int64_t i = 0; i < count; ++i) sum[i] = dequantize((float)(q[i] - zero), scale);
-        else
-          for (int64_t i = 0; i < count; ++i) sum[i] = add(sum[i], dequantize((float)(q[i] - zero), scale));
+        if (w == 0) dequantize_run<kBits, true>(codes, scale, count, sum);
+        else dequantize_run<kBits, false>(codes, scale, count, sum);
       }
       for (int64_t i = 0; i < count; ++i) out[at + i] = Out::store(mul(sum[i], op.out.weight));
     });

@@ -53,7 +53,7 @@ struct Table {
   bool (*topk_scan)(const TopkScan&, TopkPart&);  // false: out of segments, part.done tells how far it came
   int64_t (*topk_keys)(const SegmentStore&, const TopkPart&, uint32_t low, uint32_t high, uint32_t* keys);  // of its candidates
   void (*topk_emit)(const TopkEmit&, const TopkPart&, int64_t position, int64_t ties);
-  void (*topk_decode_sum)(const TopkDecodeSum&, int64_t begin, int64_t end);  // begin: multiple of kTile
+  void (*topk_decode_sum)(const TopkDecodeSum&, float* tile, int64_t begin, int64_t end);  // begin: multiple of kTile; tile: scratch [kTile]
   void (*axpy)(float* r, const float* g, float s, int64_t begin, int64_t end);
 };
 

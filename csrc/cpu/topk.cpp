@@ -1,8 +1,10 @@
-// Exact top-k in one pass. The magnitude of the k-th largest moves little from step to step, so everything above a
-// margin below the last one goes to a list of candidates in the same pass that writes the residual, and the choice is
-// made from the list. Where the guess was wrong (fewer than k candidates, or more than the list holds) a slow radix
-// selection gives the same answer from what the pass left: scanned elements that are no candidates have
-// residual * loss_scale == acc exactly (those for which that fails were made candidates), the rest is untouched.
+// Exact top-k in one pass. A guess below the k-th largest magnitude sends everything above it to a list of candidates in
+// the same pass that writes the residual, and the choice is made from the list. The guess is a margin below the k-th
+// largest of the last step while that moves little, and comes from a sample of the elements while it moves much. Where it
+// was wrong (fewer than k candidates, or more than the list holds) the pass is repeated with a guess from a larger, more
+// careful sample, and where that fails too, or the candidates cannot be put back, a slow radix selection gives the same
+// answer. Both work from what the pass left: scanned elements that are no candidates have residual * loss_scale == acc
+// exactly (those for which that fails were made candidates), the rest is untouched.
 #include <math.h>
 
 #include <algorithm>
@@ -32,6 +34,9 @@ struct Carried {
   uint8_t padding[56];
 };
 
+// Up to here the margin costs less in candidates than a sample does in time. kWidest: a few steps from there.
+constexpr float kSteady = 0.03f, kWidest = 0.06f;
+
 constexpr uint32_t kNone = 0xffffffffu;  // above every key
 
 uint32_t key_of(float acc) { return magnitude(acc) > kNonFinite ? kNaN : magnitude(acc); }
@@ -40,6 +45,12 @@ float load_x(const Input& in, int64_t i) {
   if (in.dtype == kFloat32) return ((const float*)in.x)[i];
   uint16_t h = ((const uint16_t*)in.x)[i];
   return in.dtype == kBFloat16 ? from_bf16(h) : from_fp16(h);
+}
+
+// acc of an element that is not in the list: scanned ones have it in the residual.
+float acc_at(const Input& in, const TopkPart& part, float scale, int64_t i) {
+  if (!in.residual) return load_x(in, i);
+  return i < part.kept ? mul(in.residual[i], scale) : accumulate(load_x(in, i), in.residual[i], scale);
 }
 
 // Walks through acc in order, wherever the pass left it.
@@ -53,8 +64,7 @@ struct Reader {
   float operator()(int64_t i) {
     while (segment >= 0 && entry == store.count[segment]) segment = store.next[segment], entry = 0;
     if (segment >= 0 && part.begin + store.segments[segment].offset[entry] == i) return store.segments[segment].acc[entry++];
-    if (!in.residual) return load_x(in, i);
-    return i < part.kept ? mul(in.residual[i], scale) : accumulate(load_x(in, i), in.residual[i], scale);
+    return acc_at(in, part, scale, i);
   }
 };
 
@@ -141,26 +151,33 @@ void write_slowly(const TopkEncode& op, int threads, const SegmentStore& store, 
 
 // --- the fast way ---
 
-// A key that about k (1 + something) elements reach, from a sample of whole cache lines. 0: all.
-uint32_t sampled_threshold(const TopkEncode& op, const SegmentStore& store, const std::vector<TopkPart>& parts) {
-  const int64_t n = op.in.n, line = 16, wanted = std::max<int64_t>(32768, n / 64);
-  if (2 * op.k >= n) return 0;
-  std::vector<uint32_t> keys;
-  const int64_t lines = n / line, taken = n <= wanted ? lines : wanted / line;
+// A key that more than k elements reach, most likely, from a sample of about n * share elements in whole cache lines. 0: all.
+// `safety`: how many of its standard deviations the sample may be wrong.
+uint32_t sampled_threshold(const TopkEncode& op, const std::vector<TopkPart>& parts, double share, double safety) {
+  constexpr int64_t kLine = 16, kFetched = 32;  // elements in a line; lines on their way from memory
+  const int64_t n = op.in.n, lines = n / kLine, taken = std::min(lines, std::max<int64_t>(1024, (int64_t)((double)lines * share)));
+  if (2 * op.k >= n || taken == 0) return 0;
+  std::vector<int64_t> begin(taken);
   uint64_t state = 0x9E3779B97F4A7C15u;
-  size_t p = 0;
   for (int64_t j = 0; j < taken; ++j) {
     state = state * 6364136223846793005u + 1442695040888963407u;
     const int64_t low = lines * j / taken, high = lines * (j + 1) / taken;
-    const int64_t at = (low + (int64_t)((state >> 33) % (uint64_t)(high - low))) * line;
-    while (parts[p].end <= at) ++p;
-    Reader acc{op.in, store, parts[p]};
-    acc.segment = -1;  // the list is empty now
-    for (int64_t i = at; i < at + line; ++i) keys.push_back(key_of(acc(i)));
+    begin[j] = (low + (int64_t)((state >> 33) % (uint64_t)(high - low))) * kLine;
   }
-  if (keys.empty()) return 0;
-  const double share = (double)op.k * (double)keys.size() / (double)n;
-  const int64_t rank = n <= wanted ? op.k - 1 : (int64_t)(share * 1.02 + 5.0 * sqrt(share) + 5.0);
+  const float scale = *op.in.loss_scale;
+  const int64_t bytes = op.in.dtype == kFloat32 ? 4 : 2;
+  std::vector<uint32_t> keys(taken * kLine);
+  size_t p = 0;
+  for (int64_t j = 0; j < taken; ++j) {
+    if (j + kFetched < taken) {
+      __builtin_prefetch((const char*)op.in.x + begin[j + kFetched] * bytes);
+      if (op.in.residual) __builtin_prefetch(op.in.residual + begin[j + kFetched]);
+    }
+    while (parts[p].end <= begin[j]) ++p;
+    for (int64_t i = 0; i < kLine; ++i) keys[j * kLine + i] = key_of(acc_at(op.in, parts[p], scale, begin[j] + i));
+  }
+  const double expected = (double)op.k * (double)keys.size() / (double)n;
+  const int64_t rank = taken == lines ? op.k - 1 : (int64_t)(expected * 1.02 + safety * (sqrt(expected) + 1.0));
   if (rank >= (int64_t)keys.size()) return 0;
   std::nth_element(keys.begin(), keys.begin() + rank, keys.end(), std::greater<uint32_t>());
   return keys[rank];
@@ -252,16 +269,19 @@ bool put_back(const TopkEncode& op, int threads, uint32_t lossy, SegmentStore& s
   return true;
 }
 
-// The next threshold: as far below the k-th largest as it has moved lately, farther after it fell below the last one,
-// and nearer after too many were above.
+bool steady(const Carried& carried) {
+  return carried.kth > 0 && carried.kth < kNonFinite && carried.margin > 0.0f && carried.margin <= kSteady;
+}
+
+// The next margin: as far below the k-th largest as it has fallen lately, for as long as that pays. Where it rises, as it
+// does for the first steps of error feedback, the last one says little, and a margin beyond kSteady has the next ones sampled.
 void carry(Carried& carried, uint32_t kth, Outcome outcome) {
   const bool usable = kth > 0 && kth < kNonFinite, known = carried.kth > 0 && carried.kth < kNonFinite && carried.margin > 0.0f;
-  const float drop = usable && known ? std::max(0.0f, 1.0f - float_of(kth) / float_of(carried.kth)) : 0.0f;
-  const float margin = known ? std::min(carried.margin, 0.5f) : 0.1f;
-  float next = std::max(1.6f * drop, 0.85f * margin);
-  if (outcome == kTooFew) next = 2.0f * std::max(margin, drop);
-  if (outcome == kTooMany) next = 0.5f * margin;
-  carried.margin = std::min(0.3f, std::max(0.004f, next));
+  const float ratio = usable && known ? float_of(kth) / float_of(carried.kth) : 2.0f;
+  const float margin = known ? std::min(carried.margin, kWidest) : kWidest;
+  float next = std::max(0.85f * margin, 1.6f * (1.0f - ratio));
+  if (ratio > 1.0f + kSteady || outcome != kFine) next = kWidest;
+  carried.margin = std::min(kWidest, std::max(0.004f, next));
   carried.kth = usable ? kth : 0;
 }
 
@@ -289,17 +309,16 @@ void topk_encode(const Table& table, const TopkEncode& op, int threads) {
     parts.push_back({begin, end, begin, begin, -1, -1, 0, histograms.data() + p * kBins});
   }
 
-  const bool known = carried.kth > 0 && carried.kth < kNonFinite && carried.margin > 0.0f && carried.margin <= 0.5f;
   uint32_t threshold, lossy;
   if (op.k == 0) threshold = kNonFinite;
-  else if (known) threshold = bits_of(float_of(carried.kth) * (1.0f - carried.margin));
-  else threshold = sampled_threshold(op, store, parts);
+  else if (steady(carried)) threshold = bits_of(float_of(carried.kth) * (1.0f - carried.margin));
+  else threshold = sampled_threshold(op, parts, 1.0 / 512, 5.0);
   const bool quick = invertible(op, threshold, lossy);
   Outcome first_try = kFine, last_try = kSlow;
   if (quick) {
     first_try = last_try = scan(table, op, threads, threshold, lossy, store, parts);
     if (last_try != kFine && op.k > 0 && put_back(op, threads, lossy, store, parts)) {
-      threshold = sampled_threshold(op, store, parts);
+      threshold = sampled_threshold(op, parts, 1.0 / 64, 10.0);
       invertible(op, threshold, lossy);
       last_try = scan(table, op, threads, threshold, lossy, store, parts);
     }

@@ -95,8 +95,9 @@ template <class A, class B> struct Same { char no; };
 template <class A> struct Same<A, A> { char yes[2]; };
 struct Kept : F32 {};  // in place of the gradient's format: all of acc is in the residual
 
-// Scans up to `end` and appends to the part's list.
-template <class X, bool kResidual, bool kLossy> bool topk_scan_loop(const TopkScan& scan, TopkPart& part, int64_t end) {
+// Scans up to `end` and appends to the part's list. kOften: most groups hold a candidate, so that to skip those without
+// would cost more in mispredicted branches than it saves.
+template <class X, bool kResidual, bool kLossy, bool kOften> bool topk_scan_loop(const TopkScan& scan, TopkPart& part, int64_t end) {
   constexpr bool kKept = sizeof(Same<X, Kept>) > 1;
   const typename X::Stored* __restrict x = (const typename X::Stored*)scan.op.in.x;
   float* __restrict residual = scan.op.in.residual;
@@ -129,16 +130,17 @@ template <class X, bool kResidual, bool kLossy> bool topk_scan_loop(const TopkSc
     const int count = (int)least(kGroup, end - at);
     if (!kKept) prefetch(x + at, kGroup);
     if (kResidual) prefetch(residual + at, kGroup);
-    uint32_t any = 0;
+    uint32_t most = 0;
+#pragma GCC ivdep
     for (int i = 0; i < count; ++i) {
       const float old = kResidual ? residual[at + i] : 0.0f;
       const float a = kKept ? mul(old, scale) : kResidual ? accumulate(X::load(x[at + i]), old, scale) : X::load(x[at + i]);
       const uint32_t key = magnitude(a), take = (key >= threshold) | (kLossy && key - 1 < lossy - 1);
       acc[i] = a;
-      any |= take;
+      if (!kOften) most = (kLossy ? take : key) > most ? (kLossy ? take : key) : most;
       if (kResidual) residual[at + i] = take ? (key >= kNonFinite ? old : sent) : mul(a, inverse);
     }
-    if (!any) continue;
+    if (!kOften && most < (kLossy ? 1 : threshold)) continue;
     const uint32_t offset = (uint32_t)(at - part.begin);
     if (kLossy) {
       for (int i = 0; i < count; ++i) {
@@ -162,16 +164,16 @@ template <class X, bool kResidual, bool kLossy> bool topk_scan_loop(const TopkSc
 bool topk_scan(const TopkScan& scan, TopkPart& part) {
   bool room = false;
   with_dtype(scan.op.in.dtype, [&](auto x) {
-    using X = decltype(x);
-    const bool residual = scan.op.in.residual != nullptr, lossy = scan.lossy > 1;
-    if (part.done < part.kept) {
-      room = lossy ? topk_scan_loop<Kept, true, true>(scan, part, part.kept) : topk_scan_loop<Kept, true, false>(scan, part, part.kept);
-      if (!room) return;
-    }
-    if (!residual) room = topk_scan_loop<X, false, false>(scan, part, part.end);
-    else if (lossy) room = topk_scan_loop<X, true, true>(scan, part, part.end);
-    else room = topk_scan_loop<X, true, false>(scan, part, part.end);
-    if (residual && part.done > part.kept) part.kept = part.done;
+    with_flag(scan.lossy > 1, [&](auto lossy) {
+      with_flag(scan.op.k > scan.op.in.n / 400, [&](auto often) {
+        using X = decltype(x);
+        constexpr bool kLossy = decltype(lossy)::value, kOften = decltype(often)::value;
+        const bool residual = scan.op.in.residual != nullptr;
+        if (part.done < part.kept && !topk_scan_loop<Kept, true, kLossy, kOften>(scan, part, part.kept)) return;
+        room = residual ? topk_scan_loop<X, true, kLossy, kOften>(scan, part, part.end) : topk_scan_loop<X, false, false, kOften>(scan, part, part.end);
+        if (residual && part.done > part.kept) part.kept = part.done;
+      });
+    });
   });
   return room;
 }
@@ -245,9 +247,11 @@ void topk_emit(const TopkEmit& emit, const TopkPart& part, int64_t position, int
 
 // --- decode ---
 
-template <class Out> void topk_decode_loop(const TopkDecodeSum& op, int64_t begin, int64_t end) {
+template <class Out> void topk_decode_loop(const TopkDecodeSum& op, float* __restrict sum, int64_t begin, int64_t end) {
   typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
-  alignas(64) float sum[kTile];
+  // Where each row's list has arrived: the largest start so far. Rows beyond these look it up again for every tile.
+  constexpr int64_t kRemembered = 64;
+  int64_t arrived[kRemembered] = {};
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t tile = first / kTile, count = least(kTile, end - first);
     memset(sum, 0, (size_t)count * 4);
@@ -255,19 +259,21 @@ template <class Out> void topk_decode_loop(const TopkDecodeSum& op, int64_t begi
       const float* values = row(op.values, op.out.stride, w);
       const uint16_t* index = row(op.index, op.out.stride, w);
       const int64_t* starts = row(op.starts, op.out.stride, w);
-      int64_t from = 0;
-      for (int64_t t = 0; t <= tile; ++t) from = starts[t] > from ? starts[t] : from;
-      int64_t to = tile * kTile + kTile < op.out.n ? (starts[tile + 1] > from ? starts[tile + 1] : from) : op.k;
-      from = least(from, op.k), to = least(to, op.k);
-      for (int64_t j = from; j < to; ++j)
+      const bool known = w < kRemembered && first > begin;
+      int64_t from = known ? arrived[w] : 0;
+      for (int64_t t = known ? tile : 0; t <= tile; ++t) from = starts[t] > from ? starts[t] : from;
+      if (w < kRemembered) arrived[w] = from;
+      const bool last = tile * kTile + kTile >= op.out.n;
+      const int64_t to = last ? op.k : least(starts[tile + 1] > from ? starts[tile + 1] : from, op.k);
+      for (int64_t j = least(from, op.k); j < to; ++j)
         if (index[j] < count) sum[index[j]] = add(sum[index[j]], values[j]);
     }
     for (int64_t i = 0; i < count; ++i) out[first + i] = Out::store(mul(sum[i], op.out.weight));
   }
 }
 
-void topk_decode_sum(const TopkDecodeSum& op, int64_t begin, int64_t end) {
-  with_dtype(op.out.dtype, [&](auto out) { topk_decode_loop<decltype(out)>(op, begin, end); });
+void topk_decode_sum(const TopkDecodeSum& op, float* tile, int64_t begin, int64_t end) {
+  with_dtype(op.out.dtype, [&](auto out) { topk_decode_loop<decltype(out)>(op, tile, begin, end); });
 }
 
 }  // namespace

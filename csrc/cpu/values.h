@@ -45,8 +45,8 @@ constexpr int64_t kStrip = 64;
 
 // A block is shorter than a page, too short for the hardware to prefetch well across its two passes.
 constexpr int64_t kAhead = 4096;
-template <class T> CODEC void prefetch(const T* p, int64_t count) {
-  for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += 64) __builtin_prefetch((const char*)p + kAhead + byte);
+template <class T> CODEC void prefetch(const T* p, int64_t count, int64_t ahead = kAhead) {
+  for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += 64) __builtin_prefetch((const char*)p + ahead + byte);
 }
 
 // body(first, count) for the strips of [begin, end), where count is a constant but in the last.
