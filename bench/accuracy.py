@@ -73,7 +73,7 @@ def table(result: dict) -> str:
 
 def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
     """One training run on this rank; the held-out loss, seconds and bytes so far at every `eval_every`-th step."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     torch.manual_seed(seed)
     # PyTorch's PowerSGD deadlocks on gloo with more than one bucket, so it gets one.
     cap = 1000 if spec.startswith("torch:powersgd") else None

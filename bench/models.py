@@ -1,6 +1,5 @@
 """Models small enough to train here, written out so that nothing has to be downloaded."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -14,7 +14,6 @@ import os
 import pathlib
 import signal
 import socket
-import sys
 import tempfile
 import time
 import traceback

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commopt
-from ranks import Given, close, conserved, each_rank, free_port, raised, run, same, same_everywhere, start, total
+from ranks import Given, close, conserved, each_rank, free_port, raised, run, same, same_everywhere, start
 
 SHAPES = [(64, 33), (7,), (50, 50), (40, 40)]
 

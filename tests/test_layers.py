@@ -10,8 +10,8 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 
 # A module may import those to its left, and of its own layer. kernels/ is commopt.kernels, bench/ is commopt.bench.
-LAYERS = [["kernels", "_C"], ["backends"], ["spec", "wire"], ["compressors"], ["plan", "residual"], ["shares"], ["collectives"], ["schedulers"],
-          ["hooks"], ["tuning"], ["trainers"], ["__init__"], ["info", "__main__"], ["bench"]]
+LAYERS = [["kernels", "_C"], ["backends"], ["spec", "wire"], ["compressors"], ["plan", "residual"], ["collectives"], ["schedulers"],
+          ["hooks"], ["tuning"], ["trainers"], ["installation"], ["__init__"], ["__main__"], ["bench"]]
 NOTHING_OF_OURS = {"spec": ["spec"], "wire": ["wire"], "kernels": ["kernels"], "compressors": ["spec", "wire", "compressors"]}
 VERSION_ONLY = {"__version__"}  # what anybody may take from the package itself
 

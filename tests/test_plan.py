@@ -75,7 +75,7 @@ def exchange(plans: list[Plan], xs: list[torch.Tensor], residuals: list) -> int:
     """Averages xs in place, in lockstep. Returns the bytes that rank 0 sent."""
     links = [Loopback(plan.rank) for plan in plans]
     phases = [COLLECTIVES[plan.collective](plan, link, x, r) for plan, link, x, r in zip(plans, links, xs, residuals)]
-    running, bytes_sent, first = True, 0, True
+    running, bytes_sent = True, 0
     while running:
         ended = []
         for p in phases:

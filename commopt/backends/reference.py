@@ -185,7 +185,7 @@ def topk_encode(
     values: float32 [k] <- acc, in the order of the index. index: int16 [k], holding the unsigned index within a tile.
     starts: int64 [ceil(n / 65536)], the position in the list where each tile begins.
     residual <- 0 where selected, acc / loss_scale elsewhere; not touched where acc is not finite."""
-    n, k, acc = x.numel(), values.numel(), _accumulate(x, residual, loss_scale)
+    k, acc = values.numel(), _accumulate(x, residual, loss_scale)
     magnitude = _magnitude(acc)
     chosen = torch.sort(magnitude, descending=True, stable=True).indices[:k].sort().values
     values.copy_(acc[chosen])
