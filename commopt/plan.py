@@ -185,9 +185,6 @@ class Plan:
     def weight(self) -> float:
         return 1.0 / self.world
 
-    def kept(self, start: int, stop: int) -> Tensor | None:
-        return None if self.residual is None else self.residual[start:stop]
-
     def describe(self) -> dict:
         return {
             "parameters": [p.name for p in self.parameters],

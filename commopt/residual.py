@@ -68,3 +68,6 @@ class Residuals:
                 self.views[name].copy_(flat)
             else:
                 self.views[name] = flat.clone()
+        # What was before a skipped step belongs to another history.
+        self._flats = {number: (plan, flat, None) for number, (plan, flat, _) in self._flats.items()}
+        self._scale = None

@@ -130,7 +130,7 @@ class DeviceLink(Link):
 
     def gather(self, rows, sizes, fill, number, failed=None):
         failed = self._written(fill, self.rank, rows[self.rank], failed)
-        dist.all_gather_into_tensor(rows, rows[self.rank], group=self.group)
+        dist.all_gather_into_tensor(rows.view(-1), rows[self.rank], group=self.group)
         return Pending(failed=failed)
 
 

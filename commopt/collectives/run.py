@@ -61,8 +61,10 @@ class Runner:
                 pass
             except Exception as error:
                 failure = error
-            done(failure)
-            future.set_result(x)
+            try:
+                done(failure)
+            finally:
+                future.set_result(x)
         return future
 
     def reset_clock(self) -> None:
@@ -91,8 +93,10 @@ def _advance(queues: list, stage: int, clock: dict, phases: Phases, failed: Exce
         clock["decode"] += time.perf_counter() - begin
     except Exception as error:
         failure = error
-    done(failure)
-    future.set_result(x)
+    try:
+        done(failure)
+    finally:
+        future.set_result(x)
 
 
 def _serve(queues: list, stage: int, clock: dict) -> None:

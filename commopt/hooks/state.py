@@ -53,7 +53,6 @@ class State:
             wrong = error
         self.start_step, self.seed = start_step, seed
         self.step = -1
-        self._number = next(_numbers)
         module = getattr(model, "module", model)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self._parameters = {id(p): Parameter(n, p.shape, p.numel()) for n, p in named}
@@ -65,6 +64,9 @@ class State:
             "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
         }
         agree(self._control, facts)
+        number = [next(_numbers)]  # rank 0's: another rank may have made more handles than it
+        dist.broadcast_object_list(number, self._ranks[0], self._control)
+        self._store = dist.PrefixStore(f"commopt/{self._ranks[0]}/{number[0]}", dist.distributed_c10d._get_default_store())
         if wrong:
             raise wrong
         if self.world == 1:
@@ -82,6 +84,7 @@ class State:
         self._backward = -1  # the number of the backward whose end is awaited
         self._sinks: list[tuple[Callable, int]] = []
         self._said = False
+        self._logged = self._seen_step = -1  # the last step that was given to the sinks, and whose finiteness was counted
         self.reset_stats()
 
     def _understand(self, spec: str | Compressor, rules: dict[str, str | Compressor], start_step: int) -> None:
@@ -98,11 +101,13 @@ class State:
             timeout = group._get_backend(torch.device("cuda")).options._timeout
         else:
             timeout = group._get_backend(torch.device("cpu")).options._timeout
-        make = lambda kind: dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=True)
+        # All ranks of the job can make a group together; of a part of them only its members come here.
+        part = len(ranks) < dist.get_world_size()
+        make = lambda kind: dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=part)
         self.group = make(backend)
         self._control = self.group if backend == "gloo" else make("gloo")
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self._store = dist.PrefixStore(f"commopt/{self.group.group_name}/{self._number}", dist.distributed_c10d._get_default_store())
+        self._ranks = ranks
 
     # --- one bucket ---
 
@@ -142,7 +147,8 @@ class State:
 
     def _links_of(self, device: torch.device) -> tuple[Link, Runner]:
         if device not in self._links:
-            self._links[device] = link_for(device, self.group, lambda error: self._fail(error, "writing a message")), Runner(device)
+            group = self._control if device.type == "cpu" else self.group  # a default group may serve both, by name of neither
+            self._links[device] = link_for(device, group, lambda error: self._fail(error, "writing a message")), Runner(device)
         return self._links[device]
 
     def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Plan:
@@ -159,8 +165,7 @@ class State:
     def _done(self, plan: Plan, failure: Exception | None) -> None:
         if failure is not None:
             first, last = plan.parameters[0].name, plan.parameters[-1].name
-            self._fail(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks "
-                                f"{dist.get_process_group_ranks(self.group)}")
+            self._fail(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self._ranks}")
 
     # --- one step ---
 
@@ -183,10 +188,10 @@ class State:
         on all ranks, with the reducer in good order."""
         self._exposed += time.perf_counter() - backward_done
         finite = [plan.finite for plan in self._plans.values() if plan.finite is not None]
-        if finite and finite[0].device.type == "cpu":
-            self._nonfinite += not all(finite)
-        elif finite:
-            self._nonfinite = self._nonfinite + ~torch.stack(finite).all()
+        for plan in self._plans.values():
+            plan.finite = None
+        if finite:
+            self._see(torch.stack([f.to(finite[0].device) for f in finite]).all())
         if self._error is None:
             self._hear()
         if self._error is not None:
@@ -197,14 +202,23 @@ class State:
             if self.rank == 0:
                 _say(str(self))
         for sink, every in self._sinks:
-            if self.step % every == 0:
+            if self.step % every == 0 and self._logged != self.step:
                 sink(self.stats(), self.step)
+        self._logged = self.step
+
+    def _see(self, finite: Tensor) -> None:
+        """Counts a step once, however many ends its backward had. On a device the count stays there: nobody waits for it."""
+        if self._seen_step != self.step:
+            self._seen_step, self._step_finite = self.step, torch.ones_like(finite)
+        was = self._step_finite
+        self._step_finite = was & finite
+        self._nonfinite = self._nonfinite + (was & ~finite).to(torch.int64)
 
     def _fail(self, error: Exception, where: str) -> None:
         """Records the first failure and posts it, so that all ranks raise the same at the end of this backward."""
         text = f"commopt: rank {self.rank} failed {where}: {type(error).__name__}: {error}"
         try:
-            text = self._store.compare_set("abort", "", text).decode()
+            text = self._store.compare_set("abort", "", f"{self.step} {text}").decode().split(" ", 1)[1]
         except Exception:  # the store died with its host; every rank then tells what it saw itself
             pass
         if self._error is None:
@@ -217,7 +231,9 @@ class State:
         """Takes over the failure that another rank has posted, if one has."""
         try:
             if self._store.check(["abort"]):
-                self._error = RuntimeError(self._store.get("abort").decode())
+                step, text = self._store.get("abort").decode().split(" ", 1)
+                if int(step) <= self.step:  # a rank that is ahead may have failed in a step that is still to come here
+                    self._error = RuntimeError(text)
         except Exception:  # the store died with its host; the next exchange with it tells
             pass
 
@@ -264,7 +280,7 @@ class State:
     def reset_stats(self) -> None:
         self._steps, self._bytes_raw, self._bytes_wire, self._exposed = 0, 0, 0, 0.0
         self._nonfinite: Any = 0
-        for link, runner in getattr(self, "_links", {}).values():
+        for link, runner in self._links.values():
             runner.reset_clock()
 
     def stats(self) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""What the README shows works as it is written."""
+
+import pathlib
+import re
+
+import torch
+
+import commopt
+from commopt import backends
+from commopt.compressors import base
+from commopt.wire import Layout
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+SPECS = README[README.index("## Specs") : README.index("## Measured")]
+
+
+def test_the_method_of_your_own():
+    block = re.search(r"```python\n(@commopt\.register.*?)```", README, re.S).group(1)
+    name = re.search(r'register\("(\w+)"\)', block).group(1)
+    try:
+        exec(block, {"commopt": commopt, "torch": torch})
+        n, kernels = 100_000, backends.select("cpu")
+        layout = Layout(commopt.parse(name).fields(n))
+        assert commopt.wire_bytes(name, n) == layout.nbytes and abs(layout.nbytes / n - 0.625) < 1e-3  # as its docstring says
+        row = torch.zeros(1, layout.nbytes, dtype=torch.uint8)
+        x, out = torch.randn(n, generator=torch.Generator().manual_seed(0)), torch.empty(n)
+        for residual in (torch.zeros(n), None):
+            compressor = commopt.parse(name if residual is not None else f"{name}:ef=false")
+            compressor.encode(kernels, x, residual, *(field[0] for field in layout.views(row)))
+            compressor.decode_sum(kernels, out, 1.0, *layout.views(row))
+            assert (x - out).abs().max() <= x.abs().max() / 14 * 1.0001
+            assert residual is None or torch.equal(out + residual, x)
+    finally:
+        base._table.classes.pop(name, None)
+
+
+def test_the_specs_in_the_table():
+    rows = re.findall(r"^\| `([a-z0-9:=.]+)` \| ([0-9.]+) \|", SPECS, re.M)
+    assert len(rows) >= 6
+    for spec, per_value in rows:
+        assert abs(commopt.wire_bytes(spec, 10_000_000) / 10_000_000 - float(per_value)) <= 0.002 * float(per_value) + 0.0005, spec
+
+
+def test_exactly_two_commands_set_up_and_run():
+    commands = [line for line in README.splitlines() if "pip install" in line]
+    assert len(commands) == 2 and commands[0].endswith("-m commopt bench accuracy") and commands[1].endswith("-m pytest")
