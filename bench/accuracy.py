@@ -7,9 +7,7 @@ library's source, and the loss is that of held-out files in nats per byte. The l
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 
 import torch
@@ -37,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--emulate", metavar="RATE", help="train over a shaped link, such as 100mbit; needs root")
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for everything")
-    parser.add_argument("--json", metavar="FILE", help="write the curves there; - is standard output")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> tuple[dict, str]:
+    """The result, and the table that shows it."""
     specs = launch.split_specs(args.spec)
     for spec in specs:
         if spec not in EXTERNAL:
@@ -48,11 +46,7 @@ def main(args: argparse.Namespace) -> int:
     settings = vars(args) | {"specs": specs}
     shaped = link.Link(args.world, args.emulate) if args.emulate else None
     result = launch.run("commopt.bench.accuracy", {k: v for k, v in settings.items() if not callable(v)}, args.world, timeout=args.timeout, link=shaped)
-    if args.json:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n") if args.json == "-" else open(args.json, "w").write(json.dumps(result, indent=1))
-    if args.json != "-":
-        print(table(result))
-    return 0
+    return result, table(result)
 
 
 def table(result: dict) -> str:

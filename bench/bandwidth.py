@@ -19,9 +19,7 @@ feedback the mean is near the exact one, and with it the mean that was sent and 
 
 import argparse
 import contextlib
-import json
 import statistics
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -51,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=1280, help="of a layer; 1280 makes four layers one bucket of 25 MiB")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every candidate")
     parser.add_argument("--timeout", type=float, help="seconds for everything; default: what plain DDP would take, and some more")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> tuple[dict, str]:
+    """The result, and the table that shows it."""
     specs = list(dict.fromkeys(["plain", *launch.split_specs(args.spec)]))
     for spec in specs:
         if spec not in EXTERNAL:
@@ -72,12 +70,7 @@ def main(args: argparse.Namespace) -> int:
     for row in result["rows"]:
         row["of_plain"] = row["added_ms"] / plain if plain > 0 else None
         row["floor_ms"] = 8e3 * row["sent"] / rate if rate else None
-    if args.json:
-        text = json.dumps(result, indent=1) + "\n"
-        sys.stdout.write(text) if args.json == "-" else open(args.json, "w").write(text)
-    if args.json != "-":
-        print(table(result))
-    return 0
+    return result, table(result)
 
 
 def table(result: dict) -> str:

@@ -20,10 +20,8 @@ Of each step the best of three sequences counts.
 """
 
 import argparse
-import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -277,20 +275,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", default="1", help="thread counts, separated by commas")
     parser.add_argument("--turns", type=int, default=15, help="of every op")
     parser.add_argument("--no-torch", action="store_true", help="leave torch's own way out")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there; - is standard output")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> tuple[dict, str]:
+    """The result, and the table that shows it."""
     ops, threads = args.ops.split(","), [int(t) for t in args.threads.split(",")]
     if unknown := [op for op in ops if op not in OPS]:
         raise ValueError(f"--ops: unknown op {unknown[0]!r}; known are {', '.join(OPS)}")
     if args.n < 1 or args.turns < 1 or min(threads) < 1:
         raise ValueError(f"a bench needs at least 1 element, 1 turn and 1 thread, got --n {args.n} --turns {args.turns} --threads {args.threads}")
     rows = measure(ops, args.n, DTYPES[args.dtype], args.isas.split(",") if args.isas else None, threads, args.turns, not args.no_torch)
-    if args.json:
-        what = {"torch": torch.__version__, "commopt": commopt.__version__, "machine": platform.machine()}
-        text = json.dumps({"what": what, "rows": rows}, indent=1) + "\n"
-        sys.stdout.write(text) if args.json == "-" else open(args.json, "w").write(text)
-    if args.json != "-":
-        print(table(rows))
-    return 0
+    what = {"torch": torch.__version__, "commopt": commopt.__version__, "machine": platform.machine()}
+    return {"what": what, "rows": rows}, table(rows)

@@ -19,6 +19,7 @@ BENCHES = {
     "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
     "accuracy": "loss of a byte-level GPT on real text, against bytes and seconds",
 }
+JSON_HELP = "write JSON to FILE; - is standard output"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,24 +88,25 @@ def _bench(name: str, argv: list[str]) -> int:
         prog=f"python -m commopt bench {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
+    parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
     args = parser.parse_args(argv)
     if args.json not in (None, "-") and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json: there is no directory {Path(args.json).resolve().parent}")  # said before hours of work, not after
-    return module.main(args)
+    _show(*module.main(args), args.json)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m commopt", description="Compressed gradient exchange for data-parallel PyTorch training.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    json_help = "write JSON to FILE; - is standard output"
     command = commands.add_parser("info", help="what is built, which backend serves which op, and warnings")
-    command.add_argument("--json", metavar="FILE", help=json_help)
+    command.add_argument("--json", metavar="FILE", help=JSON_HELP)
     command = commands.add_parser("wire", help="fields and bytes of a spec's message")
     command.add_argument("spec", metavar="SPEC", help="for example topk:ratio=0.01")
     command.add_argument("n", metavar="N", type=int, help="number of gradient elements, for example 25_000_000")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the gradient")
-    command.add_argument("--json", metavar="FILE", help=json_help)
+    command.add_argument("--json", metavar="FILE", help=JSON_HELP)
     # A bench brings its own options, see _bench: this one only knows the names.
     names = "\n".join(f"  {name:<12}{text}" for name, text in BENCHES.items())
     command = commands.add_parser("bench", help="measure; `bench NAME --help` tells how", epilog=f"benches:\n{names}",

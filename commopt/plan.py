@@ -64,10 +64,15 @@ def split(
     lossy = [(p.start, p.stop) for p in parts if p.compressor.name != "none"]
     spans = [torch.arange(s, e) for s, e in exact if any(start <= s < end for start, end in lossy)]
     inside = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
-    fields = [f for p in parts for f in p.compressor.fields(p.stop - p.start)] + [("exact", torch.float32, inside.numel())]
-    if lossy and Layout(fields).nbytes >= stop * dtype.itemsize:  # little to compress among much that is exact
+    if lossy and layout(parts, inside.numel()).nbytes >= stop * dtype.itemsize:  # little to compress among much that is exact
         return [Part(0, stop, parse("none"))], inside[:0]
     return parts, inside
+
+
+def layout(parts: list[Part], exact: int) -> Layout:
+    """The fields of every part, and after them the values of `exact` elements."""
+    fields = [field for part in parts for field in part.compressor.fields(part.stop - part.start)]
+    return Layout([*fields, ("exact", torch.float32, exact)])
 
 
 class Message:
@@ -77,9 +82,8 @@ class Message:
         self.parts, self.exact = parts, exact.to(device)
         self.kernels = [backends.select(device) for _ in parts]
         self._streams = [zlib.crc32(f"{identity}/{i}".encode()) for i in range(len(parts))]
-        fields = [part.compressor.fields(part.stop - part.start) for part in parts]
-        self.layout = Layout([f for group in fields for f in group] + [("exact", torch.float32, exact.numel())])
-        self._counts = [len(group) for group in fields]
+        self.layout = layout(parts, exact.numel())
+        self._counts = [len(part.compressor.fields(part.stop - part.start)) for part in parts]
         self.nbytes = self.layout.nbytes
 
     def _fields(self, rows: Tensor) -> tuple[list[list[Tensor]], Tensor]:
