@@ -1,4 +1,4 @@
-// The ops: one struct of arguments each, the same for every native backend. commopt/backends/reference.py defines what
+// The ops: one struct of arguments each, the same for every native backend. commopt/backends/reference/ defines what
 // they compute; commopt/backends/native.py has checked the arguments before they arrive here.
 //
 // x and out point to float32, bfloat16 or float16 values, as `dtype` says. residual may be null (no error feedback).

@@ -2,5 +2,5 @@
 
 A program owns one tile of the gradient. Offsets are 64-bit. Nothing is fused: every launch passes enable_fp_fusion=False,
 division is tl.div_rn, and tl.floor, which flushes denormals, is not used. With that the bits are those of
-commopt/backends/reference.py. Kernels that read one field of several rows get the row stride in elements.
+commopt/backends/reference/. Kernels that read one field of several rows get the row stride in elements.
 """

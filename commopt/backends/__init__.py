@@ -7,10 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-OPS = (
-    "dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum",
-    "topk_workspace", "topk_encode", "topk_decode_sum", "sparse_add",
-)
+from . import reference
+
+OPS = tuple(name for name, op in vars(reference).items() if callable(op))
 NAMES = ("reference", "cpu", "cuda", "triton")
 
 

@@ -79,7 +79,7 @@ _CODES = {8: torch.int8, 4: torch.uint8}
 
 
 def bind(module, device_type: str, where: Callable[[torch.device], object], addresses: bool = True) -> dict[str, Callable]:
-    """The ops of reference.py by name, served by `module`. where(device): what its functions get as their last argument.
+    """The ops of the reference by name, served by `module`. where(device): what its functions get as their last argument.
     addresses: whether they get a tensor as its address."""
 
     checker = partial(Checker, device_type=device_type, addresses=addresses)
