@@ -4,31 +4,34 @@
 
 `plain` is DDP without a hook; `torch:powersgd1` and `torch:fp16` are PyTorch's own hooks. The text is the standard
 library's source, and the loss is that of held-out files in nats per byte. The line of a table is the mean over the seeds.
+
+AdamW with a learning rate that rises over the first tenth of the steps and falls to zero along a cosine: with a constant
+one, runs that differ by 1e-6 in their first parameters end some hundredths of a nat apart, and nothing could be told from
+a difference between two specs; with this one they end within 0.0001.
 """
 
 import argparse
+import math
 import statistics
 import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
 
 import commopt
 
-from . import launch, link, text
+from . import candidates, launch, link, text
 from .models import ByteGPT, next_byte_loss
 
-EXTERNAL = ("plain", "torch:fp16", "torch:powersgd1", "torch:powersgd4")
+JUDGED = 256  # held-out stretches that the loss is taken over, the same for all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--spec", default="plain,int8,topk:ratio=0.01", help=f"specs, separated by blanks or by commas before a name; beside ours: {', '.join(EXTERNAL)}")
+    parser.add_argument("--spec", default="plain,int8,topk:ratio=0.01", help=f"specs, separated by blanks or by commas before a name; beside ours: {', '.join(candidates.EXTERNAL)}")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW, the same for every spec")
+    parser.add_argument("--lr", type=float, default=1e-3, help="the highest, of AdamW, the same for every spec")
     parser.add_argument("--batch", type=int, default=8, help="stretches of text per rank and step")
     parser.add_argument("--width", type=int, default=128, help="of the GPT; 128 gives 1.1M parameters")
     parser.add_argument("--layers", type=int, default=5)
@@ -40,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> tuple[dict, str]:
     """The result, and the table that shows it."""
     specs = launch.split_specs(args.spec)
-    for spec in specs:
-        if spec not in EXTERNAL:
-            commopt.parse(spec)
+    candidates.check(specs)
     settings = vars(args) | {"specs": specs}
     shaped = link.Link(args.world, args.emulate) if args.emulate else None
     result = launch.run("commopt.bench.accuracy", {k: v for k, v in settings.items() if not callable(v)}, args.world, timeout=args.timeout, link=shaped)
@@ -62,28 +63,19 @@ def table(result: dict) -> str:
                      f"{1e3 * step:8.1f} {statistics.mean(run['seconds'] for run in runs):8.1f}")
     what = result["what"]
     return "\n".join(lines + [f"{what['parameters'] / 1e6:.2f}M parameters, {what['world']} ranks, {what['steps']} steps, {what['seeds']} seed(s), "
-                              f"AdamW lr {what['lr']}, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}"])
+                              f"AdamW lr {what['lr']} with warm-up and cosine, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}"])
 
 
 def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
     """One training run on this rank; the held-out loss, seconds and bytes so far at every `eval_every`-th step."""
     rank = dist.get_rank()
     torch.manual_seed(seed)
-    # PyTorch's PowerSGD deadlocks on gloo with more than one bucket, so it gets one.
-    cap = 1000 if spec.startswith("torch:powersgd") else None
-    ddp = DistributedDataParallel(ByteGPT(args.width, args.layers), bucket_cap_mb=cap)
-    handle = None
-    if spec.startswith("torch:powersgd"):
-        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=int(spec[-1]), start_powerSGD_iter=2)
-        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    elif spec == "torch:fp16":
-        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    elif spec != "plain":
-        handle = commopt.attach(ddp, spec, seed=seed)
+    ddp, handle = candidates.wrap(spec, ByteGPT(args.width, args.layers), seed=seed)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
     training, held_out = text.standard_library()
     batches = torch.Generator().manual_seed(1000 * seed + rank)
-    judged = text.batch(held_out, 64, ddp.module.context, torch.Generator().manual_seed(0))
+    judged = text.batch(held_out, JUDGED, ddp.module.context, torch.Generator().manual_seed(0))
     curve, seconds = [], 0.0
     for step in range(1, args.steps + 1):
         begin = time.perf_counter()
@@ -91,11 +83,12 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         seconds += time.perf_counter() - begin
         if step % args.eval_every == 0 or step == args.steps:
             with torch.no_grad():
                 value = next_byte_loss(ddp.module, judged).item()
-            sent = handle.stats()["bytes_wire"] if handle else _bytes(spec, ddp) * step
+            sent = candidates.bytes_per_step(spec, ddp, handle) * step
             curve.append({"step": step, "loss": value, "seconds": seconds, "bytes": sent})
             launch.progress(f"{spec} seed {seed}: step {step}/{args.steps}, loss {value:.4f}")
     equal = _same_everywhere(ddp)
@@ -105,14 +98,9 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
     return {"curve": curve, "seconds": seconds, "seconds_per_step": seconds / args.steps, "bytes_per_step": sent / args.steps}
 
 
-def _bytes(spec: str, ddp: torch.nn.Module) -> int:
-    """Bytes a rank sends per step for what is not ours: a ring all-reduce of what the hook hands it."""
-    ring = 2 * (dist.get_world_size() - 1) / dist.get_world_size()
-    if not spec.startswith("torch:powersgd"):
-        return int(ring * sum(p.numel() for p in ddp.parameters()) * (2 if spec == "torch:fp16" else 4))
-    r = int(spec[-1])
-    sizes = [r * (p.shape[0] + p[0].numel()) if p.dim() > 1 else p.numel() for p in ddp.parameters()]
-    return int(ring * 4 * sum(sizes))
+def rate(step: int, steps: int) -> float:
+    """The learning rate of a step, as a fraction of the highest."""
+    return min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _same_everywhere(ddp: torch.nn.Module) -> bool:

@@ -4,7 +4,7 @@
 
 A step is the forward and backward pass of a stack of linear layers on a small batch, another one each time. Every candidate
 has a DDP module of its own over the same parameters. They take turns; a turn is one step under no_sync and one step, each
-begun by all ranks together, after WARMUP steps of each: what is shown is the steady state.
+begun by all ranks together, after WARMUP steps of each: what is shown is the steady state, past any warm-up that a spec prescribes.
 
     step      median over the turns of the slowest rank's time for a step
     added     median over the turns of that less the time of the step under no_sync: encode, transfer and decode
@@ -28,14 +28,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import commopt
 
 from . import launch, link
+from .candidates import EXTERNAL, POWERSGD, bytes_per_step, check, wrap
 
-EXTERNAL = ("plain", "torch:fp16", "torch:powersgd1")
 BATCH = 8  # rows of input: few, so that a step is mostly communication
 WARMUP = 20  # steps: DDP rebuilds its buckets after the first, PowerSGD begins with the third, residuals need some to grow
 
@@ -54,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> tuple[dict, str]:
     """The result, and the table that shows it."""
     specs = list(dict.fromkeys(["plain", *launch.split_specs(args.spec)]))
-    for spec in specs:
-        if spec not in EXTERNAL:
-            commopt.parse(spec)
+    check(specs)
     if args.world < 2 or args.rounds < 1 or args.size < 4096 or args.width < 64:
         raise ValueError(f"a bench needs at least 2 ranks, 1 round, 4096 parameters and layers 64 wide, got --world {args.world} "
                          f"--rounds {args.rounds} --size {args.size} --width {args.width}")
@@ -142,13 +139,7 @@ class Candidate:
 
     def sent(self) -> float:
         """Bytes per step that this rank hands to the network, for what is not ours those of a ring all-reduce."""
-        if self.handle:
-            stats = self.handle.stats()
-            return stats["bytes_wire"] / stats["steps"]
-        sizes = [p.numel() for p in self.ddp.parameters()]
-        if self.spec == "torch:powersgd1":
-            sizes = [sum(p.shape) if p.dim() > 1 else p.numel() for p in self.ddp.parameters()]
-        return 2 * (dist.get_world_size() - 1) / dist.get_world_size() * (2 if self.spec == "torch:fp16" else 4) * sum(sizes)
+        return bytes_per_step(self.spec, self.ddp, self.handle)
 
 
 def candidate(spec: str, size: int, width: int, shared: list[Tensor]) -> Candidate:
@@ -157,15 +148,7 @@ def candidate(spec: str, size: int, width: int, shared: list[Tensor]) -> Candida
     model = Stack(size, width)
     for mine, other in zip(model.parameters(), shared):
         mine.data = other.data
-    # PowerSGD deadlocks on gloo as soon as there are two buckets.
-    ddp = DistributedDataParallel(model, **({"bucket_cap_mb": 1 + size * 8 // 2**20} if spec == "torch:powersgd1" else {}))
-    handle = None
-    if spec == "torch:powersgd1":
-        ddp.register_comm_hook(powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2), powerSGD_hook.powerSGD_hook)
-    elif spec == "torch:fp16":
-        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    elif spec != "plain":
-        handle = commopt.attach(ddp, spec)
+    ddp, handle = wrap(spec, model, steady=True)
     return Candidate(spec, ddp, handle)
 
 
@@ -193,7 +176,7 @@ def verify(c: Candidate, exact: Tensor, plain: Tensor) -> None:
         raise RuntimeError(f"{c.spec}: the ranks hold different gradients")
     distance = lambda a: float((a - exact).norm() / exact.norm())
     c.error = distance(mean)
-    if c.spec == "torch:powersgd1":
+    if c.spec in POWERSGD:
         return
     if c.compressor is not None and c.compressor.ef:
         limit, what = 1e-5, "what was sent and what was kept"
@@ -219,7 +202,7 @@ def prepare(arguments: dict) -> list[Candidate]:
         if not candidates:
             shared, exact = list(c.ddp.parameters()), exact_mean(c)
         # Ours compresses the second step first, with residuals of zero, and PowerSGD the third.
-        for _ in range(3 if spec == "torch:powersgd1" else 2):
+        for _ in range(3 if spec in POWERSGD else 2):
             c.backward(batch(dist.get_rank(), c.ddp, 0))
         if not candidates:
             plain = c.gradient()

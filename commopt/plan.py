@@ -149,15 +149,22 @@ class Plan:
         elif self.collective == "two_shot":
             self._cut()
         else:
-            self.sent = 2 * (world - 1) * self.n * dtype.itemsize // world  # of a ring or halving all-reduce
+            self.sent = self._reduced
 
     def _collective(self) -> str:
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16) or self.n == 0:
             return "sum"
         lossy = {part.compressor.collective for part in self.parts if part.compressor.name != "none"}
-        if len(lossy) > 1:
-            return "gather"  # every compressor's messages can be gathered
-        return lossy.pop() if lossy else "sum"
+        collective = "gather" if len(lossy) > 1 else lossy.pop() if lossy else "sum"  # every compressor's messages can be gathered
+        if collective == "gather" and (self.world - 1) * layout(self.parts, self.exact.numel()).nbytes >= self._reduced:
+            self.parts, self.exact = [Part(0, self.n, parse("none"))], self.exact[:0]  # that would be more than an all-reduce
+            return "sum"
+        return collective
+
+    @property
+    def _reduced(self) -> int:
+        """Bytes that each rank sends in a ring or halving all-reduce of the gradient."""
+        return 2 * (self.world - 1) * self.n * self.dtype.itemsize // self.world
 
     def _message(self, start: int, stop: int, phase: str) -> Message:
         parts = [

@@ -7,6 +7,7 @@ import torch
 
 import commopt
 from commopt import backends
+from commopt.compressors import STEADY
 from commopt.wire import Layout
 from ranks import close, same
 
@@ -197,7 +198,8 @@ def test_the_warm_up_of_topk():
     want = [0.25 * (0.001 / 0.25) ** (stage / 4) for stage in (0, 0, 1, 1, 2, 2, 3, 3)] + [0.001] * 4
     assert ratios == pytest.approx(want) and all(topk.at(s).warmup == 0 for s in range(12))
     assert commopt.parse("topk:ratio=0.5,warmup=8").at(0).ratio == 0.5
-    assert commopt.parse("topk:ratio=0.001").at(0).ratio == 0.001
+    assert commopt.parse("topk:ratio=0.001,warmup=0").at(0).ratio == 0.001
+    assert commopt.parse("topk").at(0).ratio == 0.25 and commopt.parse("topk").at(STEADY) == commopt.parse("topk:ratio=0.01,warmup=0")
     assert [commopt.parse("topk:warmup=3").at(s).ratio for s in range(4)] == sorted((commopt.parse("topk:warmup=3").at(s).ratio for s in range(4)), reverse=True)
 
 

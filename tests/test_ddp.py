@@ -338,7 +338,7 @@ def test_the_door_of_pytorch(rank, world):
             same(p.grad, q.grad, f"step {step}")
 
 
-@pytest.mark.parametrize("spec", ["int8:ef=true", "int4", "topk:ratio=0.05", "topk:ratio=0.05,values=int8"])
+@pytest.mark.parametrize("spec", ["int8:ef=true", "int4", "topk:ratio=0.05,warmup=0", "topk:ratio=0.05,values=int8,warmup=0"])
 @each_rank(2)
 def test_error_feedback_in_bfloat16_buckets_falls_as_one_over_time(rank, world, spec):
     """The error of the mean of T averages of the same gradients. The sum of gradient and residual must not be rounded to
@@ -424,8 +424,8 @@ def test_set_pause_resume_and_exact(rank, world):
     with handle.exact():
         step(6, "none")
     step(7, "int4")
-    handle.set("topk:ratio=0.1")
-    step(8, "topk:ratio=0.1")
+    handle.set("topk:ratio=0.1,warmup=0")
+    step(8, "topk:ratio=0.1,warmup=0")
     handle.set("int8:ef=true")
     step(9, "int8:ef=true")
     assert isinstance(raised(handle.set, "int9"), ValueError)

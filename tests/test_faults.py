@@ -412,7 +412,7 @@ def test_two_thousand_steps_leak_nothing(rank, world, spec):
     assert threads_now == threads
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "topk:ratio=0.01", "topk:ratio=0.01,values=bf16", "bf16"])
+@pytest.mark.parametrize("spec", ["int8", "int4", "topk:ratio=0.01,warmup=0", "topk:ratio=0.01,values=bf16,warmup=0", "bf16"])
 @each_rank(2)
 def test_extra_memory_is_one_residual_and_the_messages(rank, world, spec):
     small = DDP(Given((64, 64)))  # so that code is loaded and threads have their stacks

@@ -221,15 +221,23 @@ def test_mixed_compressors_are_gathered_and_dtypes_without_kernels_summed():
 
 
 def test_a_mixture_is_averaged_whichever_way_it_goes():
-    shapes, rules = [(64, 64), (9,), (50, 50), (300, 300)], {"p2": "topk:ratio=0.2", "p3": "none"}
+    shapes, rules = [(640, 640), (9,), (50, 50), (300, 300)], {"p2": "topk:ratio=0.2", "p3": "none"}
     plans = plans_for(shapes, "int8:ef=true", 3, rules=rules)
     assert plans[0].collective == "gather" and len(plans[0].parts) == 3
     xs = [torch.randn(plans[0].n, generator=torch.Generator().manual_seed(r)) for r in range(3)]
     had, residuals = sum(x.double() for x in xs), [torch.zeros(plans[0].n) for _ in plans]
     exchange(plans, xs, residuals)
     close(3 * xs[0].double() + sum(r.double() for r in residuals), had, 1e-5)
-    close(xs[0][6605:], (had / 3)[6605:], 1e-6)
+    close(xs[0][-90_000:], (had / 3)[-90_000:], 1e-6)
     same(xs[1], xs[0]), same(xs[2], xs[0])
+
+
+def test_more_than_an_all_reduce_is_not_sent():
+    """Messages of 0.6 bytes per value to W - 1 ranks against 8 (W - 1) / W: beyond 13 ranks the all-reduce sends less."""
+    for world, collective in ((13, "gather"), (14, "sum")):
+        plan = Plan(0, parameters((400, 400)), torch.float32, torch.device("cpu"), parse("topk:ratio=0.1"), {}, 0, world)
+        assert plan.collective == collective and plan.sent <= 8 * (world - 1) * plan.n // world
+        assert not plan.wants_residual or collective == "gather"
 
 
 def test_the_residual_moves_with_its_parameters():

@@ -10,7 +10,7 @@ from commopt.spec import Table
 ALL = ["bf16", "fp16", "int4", "int8", "none", "topk"]
 SPECS = [
     *ALL, "int8:block=64", "int8:rounding=stochastic", "int8:ef=true", "int4:block=1024,rounding=stochastic,ef=false",
-    "topk:ratio=0.001", "topk:ratio=1e-06", "topk:ratio=1.0,values=bf16,warmup=100,ef=false", "bf16:ef=true", "fp16:ef=true",
+    "topk:ratio=0.001", "topk:ratio=1e-06", "topk:ratio=1.0,values=bf16,warmup=200,ef=false", "bf16:ef=true", "fp16:ef=true",
 ]
 
 

@@ -18,7 +18,7 @@ from commopt.bench import launch, link
 
 HERE = pathlib.Path(__file__).parent
 ROWS, COLUMNS = 1024, 1024  # of the one weight: one bucket, whose halves and thirds begin where a part may
-SPECS = ("none", "bf16", "fp16", "int8", "int4", "topk:ratio=0.01", "topk:ratio=0.001,values=int8")
+SPECS = ("none", "bf16", "fp16", "int8", "int4", "topk:ratio=0.01,warmup=0", "topk:ratio=0.001,values=int8,warmup=0")
 STEPS = 4
 HEADERS = 0.05  # TCP, IP and Ethernet, and the acknowledgements of what arrives
 MESSAGES = 3000  # bytes a step: what gloo says about each message before it is sent, and the barrier

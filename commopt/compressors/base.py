@@ -11,6 +11,8 @@ from ..wire import Field, Layout
 _table = Table("compressor")
 register, parse = _table.register, _table.parse
 
+STEADY = 1 << 62  # a step after every warm-up
+
 
 class Compressor:
     """Turns a gradient into a message and messages into their sum. Stateless: the residual belongs to the caller.

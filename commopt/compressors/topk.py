@@ -24,14 +24,14 @@ class TopK(Compressor):
     stays in the residual. A tile costs 8 bytes more.
 
     warmup: in the first `warmup` steps the ratio falls in four equal stages from 25 % to its value (Lin et al., "Deep
-    Gradient Compression", ICLR 2018).
+    Gradient Compression", ICLR 2018): early gradients change fast, and what waits in the residual then is stale.
     """
 
     collective = "gather"
 
     ratio: float = 0.01
     values: Literal["float32", "bf16", "int8"] = "float32"
-    warmup: int = 0
+    warmup: int = 100
     ef: bool = True
 
     def __post_init__(self):

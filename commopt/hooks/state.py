@@ -16,7 +16,7 @@ from .. import __version__
 from ..collectives import COLLECTIVES
 from ..collectives.link import Link, hang_up, link_for
 from ..collectives.run import Runner
-from ..compressors import Compressor, parse
+from ..compressors import STEADY, Compressor, parse
 from ..plan import Parameter, Plan
 from ..residual import Residuals
 from .agreement import agree
@@ -175,13 +175,17 @@ class State:
         self._exchanged.clear()
         active, compressed = None, self.step - self.start_step
         if compressed >= 0 and not self._paused:
-            active = self.spec.at(compressed), {patterns: rule.at(compressed) for patterns, rule in self.rules.items()}
+            active = self._compressors(compressed)
         if active != self._active:
             self._active, self._plans = active, {}
         if not self._plans or self.step < 2:
             self._loss_scale.find()
         if self._loss_scale.updated():
             self._residuals.follow(self._loss_scale.value, self._loss_scale.backoff)
+
+    def _compressors(self, compressed: int) -> tuple[Compressor, dict[str, Compressor]]:
+        """Spec and rules in the given compressed step, counted from 0."""
+        return self.spec.at(compressed), {patterns: rule.at(compressed) for patterns, rule in self.rules.items()}
 
     def _end_step(self, backward_done: float) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
@@ -333,8 +337,13 @@ class State:
 
     def __str__(self) -> str:
         raw, sent = (sum(d[k] for d in self.plan) for k in ("bytes_raw", "bytes_sent"))
-        return (f"commopt: {self.spec} on {len(self._plans)} buckets from step {self.start_step} on, "
+        text = (f"commopt: {self.spec} on {len(self._plans)} buckets from step {self.start_step} on, "
                 f"{raw / 1e6:.1f} MB of gradients as {sent / 1e6:.1f} MB per rank and step")
+        if self._active != self._compressors(STEADY):
+            text += " during the warm-up"
+        if self._active is not None and self.spec.name != "none" and all(d["collective"] == "sum" for d in self.plan):
+            text += "; nothing is compressed, since that would send no less"
+        return text
 
     def __getstate__(self):
         raise TypeError("a commopt handle belongs to running process groups and cannot be pickled or copied: "
