@@ -101,8 +101,17 @@ class Message:
             kernels.draw = (*draw, stream)
             if loss_scale is not None:
                 kernels.loss_scale = loss_scale
-            kept = residual[part.start : part.stop] if residual is not None and part.compressor.ef else None
+            kept = self._kept(part, residual)
             part.compressor.encode(kernels, x[part.start : part.stop], kept, *fields)
+
+    @staticmethod
+    def _kept(part: Part, residual: Tensor | None) -> Tensor | None:
+        """What the part's compressor gets of the plan's residual."""
+        if residual is None or not part.compressor.ef:
+            return None
+        if residual.dim() > 1 and part.compressor.slots == 1:  # another part has more
+            residual = residual[0]
+        return residual[..., part.start : part.stop]
 
     def decode_sum(self, out: Tensor, weight: float, rows: Tensor) -> None:
         """out <- weight * the sum of the rows, uint8 [rows, at least nbytes], in their order."""
@@ -138,8 +147,9 @@ class Plan:
         self.parts, self.exact = split(parameters, default, rules, dtype)
         self.collective = self._collective()
         self.loss_scale: Tensor | None = None
-        self.residual: Tensor | None = None
+        self.residual: Tensor | None = None  # float32 [n], or [slots, n]
         self.wants_residual = self.collective != "sum" and any(part.compressor.ef for part in self.parts)
+        self.slots = max((part.compressor.slots for part in self.parts if part.compressor.ef), default=1)
         self.finite: Tensor | None = None
         self.sent = 0  # bytes that this rank hands to the network in one exchange
         if self.collective == "gather":

@@ -9,7 +9,7 @@ from .plan import Plan
 
 class Residuals:
     def __init__(self):
-        self.views: dict[str, Tensor] = {}  # name -> float32 [numel], a view of a plan's flat residual or a loaded tensor
+        self.views: dict[str, Tensor] = {}  # name -> float32 [numel] or [slots, numel], a view of a plan's or a loaded tensor
         self._flats: dict[int, tuple[Plan, Tensor, Tensor | None]] = {}  # plan number -> plan, residual, undo
         self._scale: Tensor | None = None
 
@@ -19,15 +19,16 @@ class Residuals:
         if not plan.wants_residual:
             return
         for number, (old, flat, undo) in list(self._flats.items()):
-            if [p.name for p in old.parameters] == names and flat.device == plan.device:
+            if [p.name for p in old.parameters] == names and flat.device == plan.device and old.slots == plan.slots:
                 plan.residual = flat  # the same bucket with another spec: nothing moves
                 del self._flats[number]
                 self._flats[plan.number] = (plan, flat, undo)
                 return
-        flat = torch.zeros(plan.n, dtype=torch.float32, device=plan.device)
-        for name, view in zip(names, flat.split([p.numel for p in plan.parameters])):
+        shape = (plan.n,) if plan.slots == 1 else (plan.slots, plan.n)
+        flat = torch.zeros(shape, dtype=torch.float32, device=plan.device)
+        for name, view in zip(names, flat.split([p.numel for p in plan.parameters], -1)):
             if name in self.views:
-                view.copy_(self.views[name])
+                _take_over(view, self.views[name])
             self.views[name] = view
         plan.residual = flat
         held = {view.untyped_storage().data_ptr() for view in self.views.values()}
@@ -54,20 +55,25 @@ class Residuals:
         self._scale.copy_(scale)
 
     def norm(self) -> float:
-        norms = [torch.linalg.vector_norm(flat).cpu() for _, flat, _ in self._flats.values()]
+        norms = [torch.linalg.vector_norm(flat[0] if flat.dim() > 1 else flat).cpu() for _, flat, _ in self._flats.values()]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Takes over saved residuals, float32 of any shape; parameters without one start from nothing."""
+        """Takes over saved residuals, float32 [numel] or [slots, numel]; parameters without one start from nothing."""
         for name, view in self.views.items():
             if name not in values:
                 view.zero_()
         for name, value in values.items():
-            flat = value.detach().to(torch.float32).reshape(-1)
             if name in self.views:
-                self.views[name].copy_(flat)
+                _take_over(self.views[name], value)
             else:
-                self.views[name] = flat.clone()
+                self.views[name] = value.detach().to(torch.float32, copy=True)
         # What was before a skipped step belongs to another history.
         self._flats = {number: (plan, flat, None) for number, (plan, flat, _) in self._flats.items()}
         self._scale = None
+
+
+def _take_over(view: Tensor, earlier: Tensor) -> None:
+    """view <- what was kept earlier, with another number of slots perhaps: a slot that is new is zero."""
+    view, earlier = (t if t.dim() > 1 else t[None] for t in (view, earlier.detach()))
+    view.zero_()[: len(earlier)].copy_(earlier[: len(view)])

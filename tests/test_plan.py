@@ -258,3 +258,19 @@ def test_the_residual_moves_with_its_parameters():
     held.serve(again)
     assert again.residual.data_ptr() == first.residual.data_ptr(), "the same bucket: nothing moves"
     assert held.norm() == pytest.approx((1600 * 1 + 1681 * 4 + 1764 * 9) ** 0.5)
+
+
+def test_a_velocity_moves_beside_its_residual():
+    """From two slots to one and back: the residual stays, the velocity begins anew."""
+    held, (a, b) = Residuals(), parameters((40, 40), (0,))
+    make = lambda number, spec: Plan(number, [a, b], torch.float32, torch.device("cpu"), parse(spec), {}, 0, 2)
+    first, second, third = make(0, "topk:momentum=0.5"), make(1, "topk"), make(2, "topk:momentum=0.9")
+    held.serve(first)
+    first.residual[0].fill_(3), first.residual[1].fill_(5)
+    assert held.norm() == pytest.approx(3 * 40)
+    held.serve(second)
+    assert second.residual.shape == (1600,) and second.residual.eq(3).all()
+    held.serve(third)
+    assert third.residual[0].eq(3).all() and third.residual[1].eq(0).all() and list(held._flats) == [2]
+    held.load({"p0": torch.stack([torch.full((1600,), 7.0), torch.full((1600,), 9.0)])})
+    assert third.residual[0].eq(7).all() and third.residual[1].eq(9).all()

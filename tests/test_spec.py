@@ -54,6 +54,8 @@ def test_every_lossy_compressor_has_error_feedback_on_where_it_is_needed(name):
     ("topk:ratio=0", ["ratio must be above 0 and at most 1"]),
     ("topk:ratio=nan", ["ratio must be above 0"]),
     ("topk:warmup=-1", ["warmup must be a number of steps"]),
+    ("topk:momentum=1", ["momentum must be at least 0 and below 1"]),
+    ("topk:momentum=0.9,ef=false", ["needs ef=true"]),
     ("none:ef=true", ["it takes none"]),
     (None, ["must be a spec like", "got None"]),
     (8, ["got 8"]),

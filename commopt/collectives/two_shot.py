@@ -16,7 +16,7 @@ def two_shot(plan: Plan, link: Link, x: Tensor, residual: Tensor | None) -> Phas
 
     def encode_share(r: int) -> None:
         s, e = plan.shards[r]
-        kept = None if residual is None else residual[s:e]
+        kept = None if residual is None else residual[..., s:e]
         row = plan.departing[r] if r != plan.rank else plan.arriving[r]
         plan.shares[r].encode(x[s:e], kept, row, plan.draw, plan.loss_scale)
 
@@ -25,7 +25,7 @@ def two_shot(plan: Plan, link: Link, x: Tensor, residual: Tensor | None) -> Phas
         if total.dtype != torch.float32:
             total = torch.empty(stop - start, dtype=torch.float32, device=x.device)
         plan.shares[plan.rank].decode_sum(total, 1.0, plan.arriving)
-        kept = None if residual is None else residual[start:stop]
+        kept = None if residual is None else residual[..., start:stop]
         plan.sum.encode(total, kept, plan.sums[plan.rank], plan.draw, plan.loss_scale)
 
     sizes = [share.nbytes for share in plan.shares]

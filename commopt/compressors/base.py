@@ -21,12 +21,15 @@ class Compressor:
     message) or "two_shot" (shards are summed by their owner, who sends the compressed sum to all).
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
     `witness` names the field that holds a NaN or an infinity exactly when the gradient did.
+    `slots` is how many float32 values it keeps for each gradient value: 1 is the residual; with more, what encode gets as
+    its residual is [slots, n] and row 0 is what was not sent.
     """
 
     name: ClassVar[str]
     collective: ClassVar[str]
     biased: ClassVar[bool] = True
     witness: ClassVar[str] = "values"
+    slots: ClassVar[int] = 1
     ef: bool = False  # a key of every lossy compressor
 
     def fields(self, n: int) -> list[Field]:

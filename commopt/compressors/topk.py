@@ -2,6 +2,7 @@ import dataclasses
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..wire import Layout
 from .base import Compressor, register
@@ -25,6 +26,10 @@ class TopK(Compressor):
 
     warmup: in the first `warmup` steps the ratio falls in four equal stages from 25 % to its value (Lin et al., "Deep
     Gradient Compression", ICLR 2018): early gradients change fast, and what waits in the residual then is stale.
+
+    momentum: above 0, what is accumulated is a velocity u <- momentum u + x and not x, so that an entry that waits gathers
+    the momentum it would have had, and u is set to zero where it was sent (momentum correction and factor masking of the
+    same paper). It takes the place of the optimizer's own momentum, for SGD without one, and one more float32 per value.
     """
 
     collective = "gather"
@@ -32,6 +37,7 @@ class TopK(Compressor):
     ratio: float = 0.01
     values: Literal["float32", "bf16", "int8"] = "float32"
     warmup: int = 100
+    momentum: float = 0.0
     ef: bool = True
 
     def __post_init__(self):
@@ -39,10 +45,18 @@ class TopK(Compressor):
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be a number of steps, got {self.warmup}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.momentum and not self.ef:
+            raise ValueError("momentum is accumulated in the residual: it needs ef=true")
 
     @property
     def witness(self) -> str:
         return "scales" if self.values == "int8" else "values"
+
+    @property
+    def slots(self) -> int:
+        return 2 if self.momentum else 1
 
     def at(self, step):
         if step >= self.warmup or self.ratio >= 0.25:
@@ -62,10 +76,18 @@ class TopK(Compressor):
 
     def encode(self, kernels, x, residual, *fields):
         *coded, index, starts = fields
+        velocity = None
+        if residual is not None and self.momentum:
+            residual, velocity = residual
+            x = self._accelerate(x, velocity, kernels.loss_scale)
         k, one = index.numel(), kernels.scratch("one", torch.float32, 1).fill_(1.0)
         values = coded[0] if self.values == "float32" else kernels.scratch("values", torch.float32, k)
         workspace = kernels.scratch("workspace", torch.uint8, kernels.topk_workspace(x.numel(), k))
         kernels.topk_encode(x, residual, kernels.loss_scale, values, index, starts, workspace)
+        if velocity is not None:
+            tile = torch.searchsorted(starts, torch.arange(k, device=x.device), right=True) - 1
+            sent = (tile * _TILE + (index.long() & 0xFFFF))[torch.isfinite(values)]
+            velocity.index_fill_(0, sent, 0.0)
         if self.values == "float32":
             return
         error = kernels.scratch("error", torch.float32, k).zero_()
@@ -75,6 +97,13 @@ class TopK(Compressor):
             kernels.quant_encode(values, error, one, *coded, 8, _VALUE_BLOCK, False, (0, 0, 0))
         if residual is not None:
             kernels.sparse_add(residual, kernels.loss_scale, error, index, starts)
+
+    def _accelerate(self, x: Tensor, velocity: Tensor, loss_scale: Tensor) -> Tensor:
+        """velocity <- momentum velocity + x / loss_scale; returns it in the units of x, float32. Where x is not finite, x
+        goes through and the velocity stays."""
+        finite = torch.isfinite(x)
+        torch.where(finite, velocity * self.momentum + x.float() / loss_scale, velocity, out=velocity)
+        return torch.where(finite, velocity * loss_scale, x)
 
     def decode_sum(self, kernels, out, weight, *fields):
         *coded, index, starts = fields

@@ -329,8 +329,8 @@ class State:
         for name, value in state["residual"].items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"state['residual'][{name!r}] must be a tensor, got {type(value).__name__}")
-            if sizes.get(name) != value.numel():
-                raise ValueError(f"state['residual'][{name!r}] has {value.numel()} elements, but the model's parameter has {sizes.get(name, 'none')}")
+            if value.dim() not in (1, 2) or sizes.get(name) != value.shape[-1]:
+                raise ValueError(f"state['residual'][{name!r}] is {list(value.shape)}, but the model's parameter has {sizes.get(name, 'no')} elements")
         self.step = state["step"]
         self._exchanged = {p.name for p in self._parameters.values()}  # so that the next exchange begins a step
         self._residuals.load(state["residual"])
