@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends
-from .compressors import never_larger, parse, wire_bytes
+from .compressors import never_larger, overview, parse, wire_bytes
 from .installation import HOW_TO_BUILD, HOW_TO_CUDA, info
 from .wire import Layout
 
@@ -72,6 +72,12 @@ def _wire_text(layout: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _overview_text(rows: list[dict[str, Any]]) -> str:
+    width = max(len(row["spec"]) for row in rows) + 2
+    lines = [f"{'spec':{width}}{'bits/value':>10}  {'bias':<16}{'collective':<12}when to use it"]
+    return "\n".join(lines + [f"{r['spec']:{width}}{r['bits']:>10.3f}  {r['bias']:<16}{r['collective']:<12}{r['when']}" for r in rows])
+
+
 def _show(value: dict[str, Any], text: str, path: str | None) -> None:
     """Prints the text, or writes the value as JSON to a file or, for -, to stdout in the text's place."""
     if path == "-":
@@ -102,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="what is built, which backend serves which op, and warnings")
     command.add_argument("--json", metavar="FILE", help=JSON_HELP)
-    command = commands.add_parser("wire", help="fields and bytes of a spec's message")
-    command.add_argument("spec", metavar="SPEC", help="for example topk:ratio=0.01")
-    command.add_argument("n", metavar="N", type=int, help="number of gradient elements, for example 25_000_000")
+    command = commands.add_parser("wire", help="fields and bytes of a spec's message; without one, all specs")
+    command.add_argument("spec", metavar="SPEC", nargs="?", help="for example topk:ratio=0.01")
+    command.add_argument("n", metavar="N", type=int, nargs="?", default=1 << 24, help="number of gradient elements, for example 25_000_000")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the gradient")
     command.add_argument("--json", metavar="FILE", help=JSON_HELP)
     # A bench brings its own options, see _bench: this one only knows the names.
@@ -125,6 +131,10 @@ def main(argv: list[str] | None = None) -> int:
             found = info()
             _show(found, _info_text(found), args.json)
             return 1 if found["errors"] else 0
+        if args.spec is None:
+            rows = overview(args.n)
+            _show({"specs": rows}, _overview_text(rows), args.json)
+            return 0
         layout = wire(args.spec, args.n, args.dtype)
         _show(layout, _wire_text(layout), args.json)
         return 0

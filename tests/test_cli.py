@@ -88,6 +88,16 @@ def test_wire_of_the_example_in_wire_py(capsys, tmp_path):
         ["codes", "int8", "300", "0", "300"], ["scales", "float32", "2", "304", "8"], ["total", "320"]]
 
 
+def test_wire_without_a_spec_shows_all(capsys):
+    rows = json.loads(output(capsys, "wire", "--json", "-"))["specs"]
+    assert {commopt.parse(row["spec"]).name for row in rows} == set(commopt.compressors())
+    assert [row["bits"] for row in rows] == sorted((8 * commopt.wire_bytes(row["spec"], 2**24) / 2**24 for row in rows), reverse=True)
+    bias = {row["spec"]: row["bias"] for row in rows}
+    assert (bias["none"], bias["bf16"], bias["int8:rounding=stochastic"], bias["int4"]) == ("none", "rounding", "none", "error feedback")
+    text = output(capsys, "wire")
+    assert all(row["spec"] in text and row["when"] in text and row["when"] for row in rows)
+
+
 def test_wire_says_when_the_gradient_itself_is_sent(capsys):
     assert "the gradient itself is sent" in output(capsys, "wire", "topk:ratio=1.0", "1000")
     assert "the gradient itself is sent" not in output(capsys, "wire", "none", "1000")

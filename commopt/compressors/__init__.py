@@ -1,10 +1,10 @@
 """One compression method per file. Importing this package registers them all."""
 
-from .base import STEADY, Compressor, compressors, never_larger, parse, register, wire_bytes
+from .base import STEADY, Compressor, compressors, never_larger, overview, parse, register, wire_bytes
 from .none import NoCompression
 from .bf16 import BF16
 from .fp16 import FP16
 from .quantize import Int4, Int8
 from .topk import TopK
 
-__all__ = ["STEADY", "Compressor", "compressors", "never_larger", "parse", "register", "wire_bytes"]
+__all__ = ["STEADY", "Compressor", "compressors", "never_larger", "overview", "parse", "register", "wire_bytes"]

@@ -21,6 +21,7 @@ class Compressor:
     message) or "two_shot" (shards are summed by their owner, who sends the compressed sum to all).
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
     `witness` names the field that holds a NaN or an infinity exactly when the gradient did.
+    `uses` are the specs that its users want, and when: {spec: a few words}.
     `slots` is how many float32 values it keeps for each gradient value: 1 is the residual; with more, what encode gets as
     its residual is [slots, n] and row 0 is what was not sent.
     """
@@ -29,6 +30,7 @@ class Compressor:
     collective: ClassVar[str]
     biased: ClassVar[bool] = True
     witness: ClassVar[str] = "values"
+    uses: ClassVar[dict[str, str]] = {}
     slots: ClassVar[int] = 1
     ef: bool = False  # a key of every lossy compressor
 
@@ -71,3 +73,14 @@ def wire_bytes(spec: str | Compressor, n: int, dtype: torch.dtype = torch.float3
     if compressor.name == "none":
         return n * dtype.itemsize
     return Layout(compressor.fields(n)).nbytes
+
+
+def overview(n: int = 1 << 24) -> list[dict[str, Any]]:
+    """What there is, mildest first: spec, bits per value of a float32 gradient of n elements, bias, collective, when to use it."""
+    rows = []
+    for cls in _table.classes.values():
+        for spec, when in (cls.uses or {str(cls()): ""}).items():
+            compressor = parse(spec)
+            bias = "none" if not compressor.biased else "error feedback" if compressor.ef else "rounding"
+            rows.append({"spec": spec, "bits": 8 * wire_bytes(spec, n) / n, "bias": bias, "collective": compressor.collective, "when": when})
+    return sorted(rows, key=lambda row: -row["bits"])

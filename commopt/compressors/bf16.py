@@ -14,7 +14,7 @@ class BF16(Compressor):
     """
 
     collective = "two_shot"
-    biased = False
+    uses = {"bf16": "links at 10 Gbit/s and above"}
 
     ef: bool = False
 

@@ -14,7 +14,7 @@ class FP16(Compressor):
     """
 
     collective = "two_shot"
-    biased = False
+    uses = {"fp16": "three more bits than bf16; neither overflows nor underflows"}
     witness = "scales"
     block = 1024
 

@@ -45,6 +45,7 @@ class _Integers(Compressor):
 class Int8(_Integers):
     __doc__ = "8-bit integers, L = 127; 1 + 4/block bytes per value.\n\n    " + _Integers.__doc__
     bits = 8
+    uses = {"int8": "the default choice", "int8:rounding=stochastic": "the same without bias"}
 
     block: int = 256
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -55,6 +56,7 @@ class Int8(_Integers):
 class Int4(_Integers):
     __doc__ = "4-bit integers, L = 7, two to a byte; 1/2 + 4/block bytes per value.\n\n    " + _Integers.__doc__
     bits = 4
+    uses = {"int4": "slow links"}
 
     block: int = 128
     rounding: Literal["nearest", "stochastic"] = "nearest"

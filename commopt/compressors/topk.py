@@ -33,6 +33,7 @@ class TopK(Compressor):
     """
 
     collective = "gather"
+    uses = {"topk:ratio=0.01": "very slow links, few ranks"}
 
     ratio: float = 0.01
     values: Literal["float32", "bf16", "int8"] = "float32"
