@@ -6,7 +6,8 @@
 
 A stretch of neighbours with the same compressor is one part, encoded in one pass over memory. Small tensors inside a part
 travel exactly: their values go to the message's last field and the part sees zeros there, so that the residual of an
-exact parameter is zero for ever.
+exact parameter is zero for ever. A part whose compressor works in rounds has no message: it sees its tensors one by one,
+and exact elements anywhere in its bucket travel with the values of the first round.
 """
 
 import zlib
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import backends
 from .compressors import Compressor, never_larger, parse
-from .wire import Layout
+from .wire import Field, Layout
 
 EXACT_BELOW = 1024  # a tensor with fewer elements, or with one dimension, travels exactly unless a rule says otherwise
 _SHARD = 1024  # shards of a two_shot begin at a multiple of this many elements
@@ -34,16 +35,31 @@ class Part(NamedTuple):
     start: int
     stop: int
     compressor: Compressor
+    tensors: tuple[tuple[int, torch.Size], ...] = ()  # where in the bucket what it compresses begins, and the shapes
+
+    @property
+    def fields(self) -> list[Field]:
+        if self.compressor.collective == "rounds":
+            return self.compressor.rounds([shape for _, shape in self.tensors])
+        return self.compressor.fields(self.stop - self.start)
+
+    def kept(self, residual: Tensor | None) -> Tensor | None:
+        """What the compressor gets of a residual [n] or [slots, n]: all of its slots, or none without error feedback."""
+        if residual is None or not self.compressor.ef:
+            return None
+        return residual[0] if residual.dim() > 1 and self.compressor.slots == 1 else residual
 
 
 def compressor_for(parameter: Parameter, default: Compressor, rules: dict[str, Compressor]) -> Compressor:
-    """The first rule with a pattern that matches the name; `a|b` are two patterns. Then: small tensors exact, others default."""
+    """The first rule with a pattern that matches the name; `a|b` are two patterns. Then: small tensors exact, others default.
+    What a compressor does not take travels exactly."""
     for patterns, compressor in rules.items():
         if any(fnmatchcase(parameter.name, pattern) for pattern in patterns.split("|")):
-            return compressor
-    if len(parameter.shape) <= 1 or parameter.numel < EXACT_BELOW:
-        return parse("none")
-    return default
+            break
+    else:
+        small = len(parameter.shape) <= 1 or parameter.numel < EXACT_BELOW
+        compressor = parse("none") if small else default
+    return compressor if compressor.takes(parameter.shape) else parse("none")
 
 
 def split(
@@ -57,10 +73,12 @@ def split(
         if compressor.name == "none" and parameter.numel < 64 * EXACT_BELOW:
             exact.append((start, stop))
         elif not starts or starts[-1][1] != compressor:
-            starts.append((start if starts else 0, compressor))
-    starts = starts or [(0, parse("none"))]
-    ends = [start for start, _ in starts[1:]] + [stop]
-    parts = [Part(start, end, never_larger(c, end - start, dtype)) for (start, c), end in zip(starts, ends)]
+            starts.append((start if starts else 0, compressor, []))
+        if starts and starts[-1][1] == compressor:
+            starts[-1][2].append((start, parameter.shape))
+    starts = starts or [(0, parse("none"), [])]
+    ends = [start for start, *_ in starts[1:]] + [stop]
+    parts = [Part(start, end, _paying(c, end - start, dtype), tuple(tensors)) for (start, c, tensors), end in zip(starts, ends)]
     lossy = [(p.start, p.stop) for p in parts if p.compressor.name != "none"]
     spans = [torch.arange(s, e) for s, e in exact if any(start <= s < end for start, end in lossy)]
     inside = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
@@ -69,9 +87,14 @@ def split(
     return parts, inside
 
 
+def _paying(compressor: Compressor, n: int, dtype: torch.dtype) -> Compressor:
+    """One that works in rounds takes only tensors that it makes smaller, whatever n is."""
+    return compressor if compressor.collective == "rounds" else never_larger(compressor, n, dtype)
+
+
 def layout(parts: list[Part], exact: int) -> Layout:
     """The fields of every part, and after them the values of `exact` elements."""
-    fields = [field for part in parts for field in part.compressor.fields(part.stop - part.start)]
+    fields = [field for part in parts for field in part.fields]
     return Layout([*fields, ("exact", torch.float32, exact)])
 
 
@@ -83,7 +106,7 @@ class Message:
         self.kernels = [backends.select(device) for _ in parts]
         self._streams = [zlib.crc32(f"{identity}/{i}".encode()) for i in range(len(parts))]
         self.layout = layout(parts, exact.numel())
-        self._counts = [len(part.compressor.fields(part.stop - part.start)) for part in parts]
+        self._counts = [len(part.fields) for part in parts]
         self.nbytes = self.layout.nbytes
 
     def _fields(self, rows: Tensor) -> tuple[list[list[Tensor]], Tensor]:
@@ -101,17 +124,9 @@ class Message:
             kernels.draw = (*draw, stream)
             if loss_scale is not None:
                 kernels.loss_scale = loss_scale
-            kept = self._kept(part, residual)
+            kept = part.kept(residual)
+            kept = None if kept is None else kept[..., part.start : part.stop]
             part.compressor.encode(kernels, x[part.start : part.stop], kept, *fields)
-
-    @staticmethod
-    def _kept(part: Part, residual: Tensor | None) -> Tensor | None:
-        """What the part's compressor gets of the plan's residual."""
-        if residual is None or not part.compressor.ef:
-            return None
-        if residual.dim() > 1 and part.compressor.slots == 1:  # another part has more
-            residual = residual[0]
-        return residual[..., part.start : part.stop]
 
     def decode_sum(self, out: Tensor, weight: float, rows: Tensor) -> None:
         """out <- weight * the sum of the rows, uint8 [rows, at least nbytes], in their order."""
@@ -129,7 +144,7 @@ class Message:
         groups, exact = self._fields(rows)
         seen = torch.isfinite(exact).all()
         for part, fields in zip(self.parts, groups):
-            names = [name for name, _, _ in part.compressor.fields(part.stop - part.start)]
+            names = [name for name, _, _ in part.fields]
             seen &= torch.isfinite(fields[names.index(part.compressor.witness)]).all()
         return seen
 
@@ -158,6 +173,8 @@ class Plan:
             self.sent = (world - 1) * self.message.nbytes
         elif self.collective == "two_shot":
             self._cut()
+        elif self.collective == "rounds":
+            self._arrange()
         else:
             self.sent = self._reduced
 
@@ -165,6 +182,8 @@ class Plan:
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16) or self.n == 0:
             return "sum"
         lossy = {part.compressor.collective for part in self.parts if part.compressor.name != "none"}
+        if "rounds" in lossy:
+            return "rounds"  # which gathers the other compressors' messages first
         collective = "gather" if len(lossy) > 1 else lossy.pop() if lossy else "sum"  # every compressor's messages can be gathered
         if collective == "gather" and (self.world - 1) * layout(self.parts, self.exact.numel()).nbytes >= self._reduced:
             self.parts, self.exact = [Part(0, self.n, parse("none"))], self.exact[:0]  # that would be more than an all-reduce
@@ -197,6 +216,24 @@ class Plan:
         self.departing, self.arriving, self.sums = self._rows(longest), self._rows(longest), self._rows(longest)
         own = self.shares[self.rank].nbytes
         self.sent = sum(m.nbytes for m in self.shares) - own + (self.world - 1) * own
+
+    def _arrange(self) -> None:
+        """Round i averages values[i], float32 [world, shard]: the i-th field of every part, and what travels exactly."""
+        device, world = self.device, self.world
+        parts = [p for p in self.parts if p.compressor.collective == "rounds"]
+        others = [p for p in self.parts if p.compressor.collective not in ("rounds", "sum")]
+        large = [(p.start, p.stop) for p in self.parts if p.compressor.name == "none"]
+        self.exact = self.exact.to(device)
+        sizes = [[p.fields[i][2] if i < len(p.fields) else 0 for p in parts] for i in range(max(len(p.fields) for p in parts))]
+        sizes[0] += [self.exact.numel(), *(stop - start for start, stop in large)]
+        shards = [4 * -(-sum(counts) // (4 * world)) for counts in sizes]  # of a multiple of 16 bytes
+        self.values, self.arriving = ([torch.zeros(world, s, dtype=torch.float32, device=device) for s in shards] for _ in range(2))
+        fields = [values.view(-1)[: sum(counts)].split(counts) for values, counts in zip(self.values, sizes)]
+        self.rounds = [(p, backends.select(device), [row[i] for row in fields[: len(p.fields)]]) for i, p in enumerate(parts)]
+        self.exactly = list(zip([self.exact, *(slice(*span) for span in large)], fields[0][len(parts) :]))
+        self.message = Message(others, self.exact[:0], device, f"{self.parameters[0].name}/rounds/{self.rank}") if others else None
+        self.rows = self._rows(self.message.nbytes if others else 0)
+        self.sent = (world - 1) * (8 * sum(shards) + self.rows.shape[1])
 
     @property
     def draw(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,11 +59,13 @@ class Kernels:
         for op, owner in owners(device.type).items():
             setattr(self, op, getattr(importlib.import_module(f".{owner}", __name__), op))
 
-    def scratch(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
-        """A tensor [count] that is zero at first and is the same at every call with this name."""
+    def scratch(self, name: str, dtype: torch.dtype, count: int, begin: Callable[[Tensor], object] | None = None) -> Tensor:
+        """A tensor [count] that is the same at every call with this name. At first it is zero, or what begin(tensor) writes."""
         held = self._scratch.get(name)
         if held is None or held.numel() != count:
             held = self._scratch[name] = torch.zeros(count, dtype=dtype, device=self.device)
+            if begin is not None:
+                begin(held)
         return held
 
 

@@ -83,10 +83,12 @@ class Link:
     def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> None:
         works += [dist.irecv(rows[r, : sizes[r]], self._peers[r], self.group, tag) for r in self._others() if sizes[r]]
 
-    def scatter(self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int) -> Pending:
+    def scatter(
+        self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int, failed: Exception | None = None
+    ) -> Pending:
         """Row r of `departing` goes to rank r and arrives in row `self.rank` there. Shard sizes differ: sizes[r] bytes are
-        meant for rank r. This rank's own row is written into `arriving` by fill. The first phase of exchange `number`."""
-        works, failed = [], None
+        meant for rank r. This rank's own row is written into `arriving` by fill. A phase of exchange `number`."""
+        works = []
         try:
             self._receive(arriving, [sizes[self.rank]] * self.world, 2 * number, works)
             for r in self._others():
@@ -99,7 +101,7 @@ class Link:
         return Pending(works, failed)
 
     def gather(self, rows: Tensor, sizes: list[int], fill: Fill, number: int, failed: Exception | None = None) -> Pending:
-        """Row r of every rank becomes what rank r writes there, sizes[r] bytes. The last phase of exchange `number`."""
+        """Row r of every rank becomes what rank r writes there, sizes[r] bytes. A phase of exchange `number`."""
         works = []
         try:
             self._receive(rows, sizes, 2 * number + 1, works)
@@ -119,8 +121,7 @@ class DeviceLink(Link):
         dist.all_reduce(x, group=self.group)
         return Pending()
 
-    def scatter(self, departing, arriving, sizes, fill, number):
-        failed = None
+    def scatter(self, departing, arriving, sizes, fill, number, failed=None):
         for r in self._others():
             failed = self._written(fill, r, departing[r], failed)
         failed = self._written(fill, self.rank, arriving[self.rank], failed)
@@ -143,14 +144,14 @@ class StagedLink(Link):
         x.copy_(host)
         return Pending(failed=failed)
 
-    def scatter(self, departing, arriving, sizes, fill, number):
+    def scatter(self, departing, arriving, sizes, fill, number, failed=None):
         out, into = departing.cpu(), arriving.cpu()
 
         def fill_and_copy(r: int) -> None:
             fill(r)
             (into if r == self.rank else out)[r].copy_((arriving if r == self.rank else departing)[r])
 
-        failed = super().scatter(out, into, sizes, fill_and_copy, number).wait()
+        failed = super().scatter(out, into, sizes, fill_and_copy, number, failed).wait()
         arriving.copy_(into)
         return Pending(failed=failed)
 

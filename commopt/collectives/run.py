@@ -25,7 +25,7 @@ Done = Callable[[Exception | None], None]  # called once, when an exchange has e
 class Runner:
     """The threads and the stream of one handle. Phases: how many may follow the first in any collective."""
 
-    PHASES = 2
+    PHASES = 5
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -6,5 +6,6 @@ from .bf16 import BF16
 from .fp16 import FP16
 from .quantize import Int4, Int8
 from .topk import TopK
+from .powersgd import PowerSGD
 
 __all__ = ["STEADY", "Compressor", "compressors", "never_larger", "overview", "parse", "register", "wire_bytes"]

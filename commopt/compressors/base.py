@@ -1,5 +1,6 @@
 """What every compressor is: a frozen dataclass that says which fields its message has and how to fill and sum them."""
 
+from collections.abc import Generator
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,8 @@ class Compressor:
     """Turns a gradient into a message and messages into their sum. Stateless: the residual belongs to the caller.
 
     `collective` says how messages combine: "sum" (an all-reduce of the gradient itself), "gather" (every rank gets every
-    message) or "two_shot" (shards are summed by their owner, who sends the compressed sum to all).
+    message), "two_shot" (shards are summed by their owner, who sends the compressed sum to all) or "rounds" (what is sent
+    depends on a mean that came before: such a method has `rounds` and `average` in place of encode and decode_sum).
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
     `witness` names the field that holds a NaN or an infinity exactly when the gradient did.
     `uses` are the specs that its users want, and when: {spec: a few words}.
@@ -44,6 +46,20 @@ class Compressor:
 
     def decode_sum(self, kernels: Any, out: Tensor, weight: float, *fields: Tensor) -> None:
         """out <- weight * sum of the rows, in rank order. Fields are [rows, count]."""
+        raise NotImplementedError
+
+    def takes(self, shape: torch.Size) -> bool:
+        """Whether it compresses a tensor of this shape. What it does not take travels exactly."""
+        return True
+
+    def rounds(self, shapes: list[torch.Size]) -> list[Field]:
+        """(name, float32, count) of the values that are averaged in each round for tensors of these shapes."""
+        raise NotImplementedError
+
+    def average(self, kernels: Any, tensors: list[Tensor], residuals: list[Tensor] | None, *values: Tensor) -> Generator[None]:
+        """tensors <- the decoded mean of all ranks' tensors + residuals, residuals <- what this rank has not sent. A
+        generator: fills values[0], yields, finds their mean over the ranks there, fills values[1], and so on. It goes on
+        behind the last yield only when all rounds went well, so residuals change there. All ranks decode the same."""
         raise NotImplementedError
 
     def at(self, step: int) -> "Compressor":
@@ -79,7 +95,7 @@ def overview(n: int = 1 << 24) -> list[dict[str, Any]]:
     """What there is, mildest first: spec, bits per value of a float32 gradient of n elements, bias, collective, when to use it."""
     rows = []
     for cls in _table.classes.values():
-        for spec, when in (cls.uses or {str(cls()): ""}).items():
+        for spec, when in (vars(cls).get("uses") or {str(cls()): ""}).items():
             compressor = parse(spec)
             bias = "none" if not compressor.biased else "error feedback" if compressor.ef else "rounding"
             rows.append({"spec": spec, "bits": 8 * wire_bytes(spec, n) / n, "bias": bias, "collective": compressor.collective, "when": when})

@@ -1,0 +1,136 @@
+import torch
+from torch import Tensor
+
+from .base import Compressor, register
+
+_BLOCK = 1 << 17  # elements of a matrix that the CPU reads again while they are in its cache
+_SHIFT = 2.0**-40  # of a Gram matrix' trace: keeps Cholesky from failing, which rounding in float64 could bring about below 2^-50
+_HELD = 2.0**-20  # of |Q|: how much of its old direction is mixed into every vector of Q
+
+
+@register("powersgd")
+class PowerSGD(Compressor):
+    """Each matrix as a product of two thin ones, by one power iteration per step that starts where the last step ended
+    (Vogels et al., "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", NeurIPS 2019).
+
+        A = x + residual, a parameter as [rows, columns], where rows is its first dimension; M = mean of A over the ranks
+        P = orthonormal(M Q),   Q' = M^T P,   decoded = P Q'^T = P P^T M,   Q <- orthonormal(Q')
+        |M - decoded|^2 = |M|^2 - |Q'|^2 <= |M|^2, and 0 for a matrix of at most that rank: biased
+
+    4 rank (rows + columns) bytes per matrix, in two rounds of float32 means: first M Q, then M^T P. Tensors with one
+    dimension, and matrices for which that is half of 4 rows columns bytes or more, travel exactly. Of a flat gradient of n
+    elements the bytes are those of the squarest matrix that holds it.
+
+    Orthonormal by Cholesky QR, twice, in float64: no gradient is too small for it. What vanishes decodes to zero, and keeps
+    its old direction in Q, so that a gradient that was zero or of low rank can grow. The first Q is drawn from the seed.
+    It is not part of a checkpoint and is drawn anew when a bucket changes: the residual keeps what an iteration misses.
+    In a step with an infinity or a NaN Q and the residual stay as they were.
+
+    All ranks decode the same bytes by the same matrix products, torch's: their processors and builds of torch must not differ.
+    """
+
+    collective = "rounds"
+    uses = {"powersgd:rank=4": "matrices on very slow links, any number of ranks"}
+
+    rank: int = 4
+    ef: bool = True
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank must be 1 or more, got {self.rank}")
+
+    def takes(self, shape):
+        if len(shape) < 2:
+            return False
+        rows, columns = _matrix(shape)
+        return 2 * self.rank * (rows + columns) < rows * columns
+
+    def rounds(self, shapes):
+        rows, columns = (sum(sizes) for sizes in zip(*map(_matrix, shapes)))
+        return [("p", torch.float32, self.rank * rows), ("q", torch.float32, self.rank * columns)]
+
+    def fields(self, n):
+        rows = int(n**0.5)
+        return self.rounds([torch.Size((rows, -(-n // max(1, rows))))])
+
+    def average(self, kernels, tensors, residuals, p, q):
+        grads = [t.view(_matrix(t.shape)) for t in tensors]
+        kept = [r.view(g.shape) for r, g in zip(residuals, grads)] if residuals is not None else [None] * len(grads)
+        held = kernels.scratch("held", torch.float32, q.numel(), lambda flat: _draw(flat, kernels.draw[0]))
+        wide = kernels.scratch("wide", torch.float64, max(p.numel(), q.numel()))
+        # All thin matrices are stored transposed, [rank, rows] and [rank, columns]: BLAS is many times as fast on these.
+        left = lambda flat: [t.view(self.rank, -1) for t in flat.split([self.rank * g.shape[0] for g in grads])]
+        right = lambda flat: [t.view(self.rank, -1) for t in flat.split([self.rank * g.shape[1] for g in grads])]
+
+        sums = grads  # A, in the place of a float32 gradient
+        if p.dtype != tensors[0].dtype:
+            flat = kernels.scratch("sums", torch.float32, sum(g.numel() for g in grads))
+            sums = [t.view(g.shape) for t, g in zip(flat.split([g.numel() for g in grads]), grads)]
+        for g, r, a, p_i, q_i in zip(grads, kept, sums, left(p), right(held)):
+            for rows in _blocks(a):
+                if a is not g:
+                    a[rows].copy_(g[rows])
+                if r is not None:
+                    torch.addcmul(a[rows], r[rows], kernels.loss_scale, out=a[rows])
+                torch.mm(q_i, a[rows].T, out=p_i[:, rows])
+        yield  # p = M Q
+
+        double = wide[: p.numel()].copy_(p)
+        finite = [torch.isfinite(p_i).all() for p_i in left(p)]
+        _orthonormalize(left(double))
+        p.copy_(double)
+        for a, p_i, q_i, fine in zip(sums, left(p), right(q), finite):
+            p_i.masked_fill_(~fine, torch.nan)
+            torch.mm(p_i, a, out=q_i)
+        yield  # q = M^T P
+
+        finite = [torch.isfinite(q_i).all() for q_i in right(q)]
+        decoded = kernels.scratch("decoded", torch.float32, max(a[rows].numel() for a in sums for rows in _blocks(a)))
+        for g, r, a, p_i, q_i, fine in zip(grads, kept, sums, left(p), right(q), finite):
+            for rows in _blocks(a):
+                d = torch.mm(p_i[:, rows].T, q_i, out=decoded[: a[rows].numel()].view(a[rows].shape))
+                if r is not None:
+                    lost = torch.sub(a[rows], d, out=a[rows]).div_(kernels.loss_scale)
+                    _keep(r[rows], lost, fine)
+                g[rows].copy_(d)
+        double = wide[: q.numel()].copy_(q)
+        for new, old in zip(right(double), right(held)):
+            new.addcmul_(old.to(torch.float64), _HELD * torch.linalg.vector_norm(new) + 1e-100)
+        _orthonormalize(right(double))
+        torch.where(torch.stack(finite).all(), double.to(torch.float32), held, out=held)
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1:].numel()
+
+
+def _blocks(a: Tensor) -> list[slice]:
+    """The rows of a matrix, a cacheful at a time; a GPU takes them all."""
+    rows = max(1, _BLOCK // a.shape[1] if a.device.type == "cpu" else a.shape[0])
+    return [slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
+
+
+def _keep(residual: Tensor, lost: Tensor, fine: Tensor) -> None:
+    """residual <- lost if fine, bool []. The CPU looks; for a GPU nobody waits."""
+    if residual.device.type != "cpu":
+        torch.where(fine, lost, residual, out=residual)
+    elif fine:
+        residual.copy_(lost)
+
+
+def _draw(flat: Tensor, seed: int) -> None:
+    flat.copy_(torch.randn(flat.numel(), generator=torch.Generator().manual_seed(seed)))  # the same numbers for any device
+
+
+def _orthonormalize(thin: list[Tensor]) -> None:
+    """Makes the rows of each matrix, float64 [rank, n], orthonormal; zeros stay zeros.
+
+    Of what depends on the rows before it, up to 2^-20 of the matrix, less than one length may remain: never more."""
+    for _ in range(2):
+        gram = torch.stack([a @ a.T for a in thin])
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal += _SHIFT * diagonal.sum(-1, keepdim=True) + 1e-300
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), upper=False)
+        for a, by in zip(thin, inverse):
+            a.copy_(by @ a)
