@@ -2,6 +2,7 @@
 parameters. One float32 copy of the compressed gradients, held as one flat tensor per plan, with a view per parameter."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .plan import Plan
@@ -58,8 +59,23 @@ class Residuals:
         norms = [torch.linalg.vector_norm(flat[0] if flat.dim() > 1 else flat).cpu() for _, flat, _ in self._flats.values()]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
-    def load(self, values: dict[str, Tensor]) -> None:
-        """Takes over saved residuals, float32 [numel] or [slots, numel]; parameters without one start from nothing."""
+    def mean(self, group: dist.ProcessGroup) -> dict[str, Tensor]:
+        """The mean residual of all ranks by name, on the CPU. A collective call."""
+        means = {}
+        for name in sorted(self.views):
+            mean = self.views[name].detach().to("cpu", copy=True).mul_(1.0 / dist.get_world_size(group))
+            dist.all_reduce(mean, group=group)
+            means[name] = mean
+        return means
+
+    def load(self, values: dict[str, Tensor], sizes: dict[str, int]) -> None:
+        """Takes over saved residuals, float32 [numel] or [slots, numel]; parameters without one start from nothing.
+        sizes: name -> numel of every parameter. ValueError before anything is changed."""
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"state['residual'][{name!r}] must be a tensor, got {type(value).__name__}")
+            if value.dim() not in (1, 2) or sizes.get(name) != value.shape[-1]:
+                raise ValueError(f"state['residual'][{name!r}] is {list(value.shape)}, but the model's parameter has {sizes.get(name, 'no')} elements")
         for name, view in self.views.items():
             if name not in values:
                 view.zero_()

@@ -273,5 +273,5 @@ def test_a_velocity_moves_beside_its_residual():
     assert second.residual.shape == (1600,) and second.residual.eq(3).all()
     held.serve(third)
     assert third.residual[0].eq(3).all() and third.residual[1].eq(0).all() and list(held._flats) == [2]
-    held.load({"p0": torch.stack([torch.full((1600,), 7.0), torch.full((1600,), 9.0)])})
+    held.load({"p0": torch.stack([torch.full((1600,), 7.0), torch.full((1600,), 9.0)])}, {"p0": 1600, "p1": 0})
     assert third.residual[0].eq(7).all() and third.residual[1].eq(9).all()

@@ -14,12 +14,13 @@ from torch.futures import Future
 
 from .. import __version__
 from ..collectives import COLLECTIVES
-from ..collectives.link import Link, hang_up, link_for
+from ..collectives.link import Link, link_for
 from ..collectives.run import Runner
 from ..compressors import STEADY, Compressor, parse
 from ..plan import Parameter, Plan
 from ..residual import Residuals
 from .agreement import agree
+from .alarm import Alarm
 from .grad_scaler import LossScale
 
 log = logging.getLogger("commopt")
@@ -66,7 +67,8 @@ class State:
         agree(self._control, facts)
         number = [next(_numbers)]  # rank 0's: another rank may have made more handles than it
         dist.broadcast_object_list(number, self._ranks[0], self._control)
-        self._store = dist.PrefixStore(f"commopt/{self._ranks[0]}/{number[0]}", dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore(f"commopt/{self._ranks[0]}/{number[0]}", dist.distributed_c10d._get_default_store())
+        self._alarm = Alarm(store, self._control)
         if wrong:
             raise wrong
         if self.world == 1:
@@ -79,8 +81,6 @@ class State:
         self._exchanged: set[str] = set()  # the parameters that this step has begun to exchange
         self._plan_numbers = itertools.count()
         self._links: dict[torch.device, tuple[Link, Runner]] = {}
-        self._error: Exception | None = None
-        self._left = False  # whether this rank has hung up after an error
         self._backward = -1  # the number of the backward whose end is awaited
         self._sinks: list[tuple[Callable, int]] = []
         self._said = False
@@ -119,16 +119,16 @@ class State:
                 self._backward = backward
                 _after_backward(self)
             known = [self._parameters[id(p)] for p in parameters]
-            if not self._left:
+            if not self._alarm.left:
                 if self.step < 0 or known[0].name in self._exchanged:
                     self._begin_step()
                 self._exchanged.update(p.name for p in known)
                 return self._send(x, known, tuple(map(id, parameters)), joined=backward == -1)
         except Exception as error:
             self._fail(error, "in the hook")
-            self._leave()
-        if backward == -1 and self._error is not None:  # within join() nothing follows where it could be raised
-            raise self._error
+            self._alarm.leave()
+        if backward == -1 and self._alarm.error is not None:  # within join() nothing follows where it could be raised
+            raise self._alarm.error
         return _completed(x)
 
     def _send(self, x: Tensor, known: list[Parameter], key: tuple[int, ...], joined: bool) -> Future:
@@ -196,11 +196,7 @@ class State:
             plan.finite = None
         if finite:
             self._see(torch.stack([f.to(finite[0].device) for f in finite]).all())
-        if self._error is None:
-            self._hear()
-        if self._error is not None:
-            self._leave()
-            raise self._error
+        self._alarm.raise_if_any(self.step)
         if not self._said and self._active is not None:
             self._said = True
             if self.rank == 0:
@@ -219,34 +215,7 @@ class State:
         self._nonfinite = self._nonfinite + (was & ~finite).to(torch.int64)
 
     def _fail(self, error: Exception, where: str) -> None:
-        """Records the first failure and posts it, so that all ranks raise the same at the end of this backward."""
-        text = f"commopt: rank {self.rank} failed {where}: {type(error).__name__}: {error}"
-        try:
-            text = self._store.compare_set("abort", "", f"{self.step} {text}").decode().split(" ", 1)[1]
-        except Exception:  # the store died with its host; every rank then tells what it saw itself
-            pass
-        if self._error is None:
-            self._error = RuntimeError(text)
-            self._error.__cause__ = error
-        if isinstance(error, ConnectionError):
-            self._leave()
-
-    def _hear(self) -> None:
-        """Takes over the failure that another rank has posted, if one has."""
-        try:
-            if self._store.check(["abort"]):
-                step, text = self._store.get("abort").decode().split(" ", 1)
-                if int(step) <= self.step:  # a rank that is ahead may have failed in a step that is still to come here
-                    self._error = RuntimeError(text)
-        except Exception:  # the store died with its host; the next exchange with it tells
-            pass
-
-    def _leave(self) -> None:
-        """Hangs up: ranks that wait for this one, now or in a later step, find out at once and not at the timeout. A rank
-        that could not write or read a message goes on until its backward ends, for the others' sake, and leaves then."""
-        if not self._left:
-            self._left = True
-            hang_up(self._control)
+        self._alarm.post(error, where, self.step)
 
     # --- what the user calls ---
 
@@ -313,27 +282,16 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, loadable with torch.load's default. A collective call: every rank gets the mean residual, so the
         file of any one rank is complete and any number of ranks can load it."""
-        residual = {}
-        for name in sorted(self._residuals.views):
-            mean = self._residuals.views[name].detach().to("cpu", copy=True).mul_(1.0 / self.world)
-            dist.all_reduce(mean, group=self._control)
-            residual[name] = mean
-        return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": residual}
+        return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": self._residuals.mean(self._control)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what state_dict returned, with any spec and world size."""
         if not isinstance(state, dict) or state.get("version") != 1 or not {"step", "residual"} <= state.keys():
             raise ValueError("state must be what handle.state_dict() returned, with version 1, step and residual, got "
                              + (f"version {state.get('version')!r} and keys {', '.join(map(str, state))}" if isinstance(state, dict) else repr(state)))
-        sizes = {p.name: p.numel for p in self._parameters.values()}
-        for name, value in state["residual"].items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"state['residual'][{name!r}] must be a tensor, got {type(value).__name__}")
-            if value.dim() not in (1, 2) or sizes.get(name) != value.shape[-1]:
-                raise ValueError(f"state['residual'][{name!r}] is {list(value.shape)}, but the model's parameter has {sizes.get(name, 'no')} elements")
+        self._residuals.load(state["residual"], {p.name: p.numel for p in self._parameters.values()})
         self.step = state["step"]
         self._exchanged = {p.name for p in self._parameters.values()}  # so that the next exchange begins a step
-        self._residuals.load(state["residual"])
 
     def __str__(self) -> str:
         raw, sent = (sum(d[k] for d in self.plan) for k in ("bytes_raw", "bytes_sent"))
