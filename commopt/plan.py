@@ -127,6 +127,8 @@ class Message:
             kept = part.kept(residual)
             kept = None if kept is None else kept[..., part.start : part.stop]
             part.compressor.encode(kernels, x[part.start : part.stop], kept, *fields)
+        if residual is not None and self.exact.numel():
+            residual.index_fill_(0, self.exact, 0)  # of what a transform decodes beside the values it was given
 
     def decode_sum(self, out: Tensor, weight: float, rows: Tensor) -> None:
         """out <- weight * the sum of the rows, uint8 [rows, at least nbytes], in their order."""

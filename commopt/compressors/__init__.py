@@ -7,5 +7,6 @@ from .fp16 import FP16
 from .quantize import Int4, Int8
 from .topk import TopK
 from .powersgd import PowerSGD
+from .dct import DCT
 
 __all__ = ["STEADY", "Compressor", "compressors", "never_larger", "overview", "parse", "register", "wire_bytes"]
