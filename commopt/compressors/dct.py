@@ -25,6 +25,7 @@ class DCT(Compressor):
     """
 
     collective = "gather"
+    uses = {"dct:chunk=64,k=8": "smooth gradients; an example of a method in one file"}
 
     chunk: int = 64
     k: int = 8
