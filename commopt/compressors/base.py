@@ -18,7 +18,7 @@ class Compressor:
     `collective` says how messages combine: "sum" (an all-reduce of the gradient itself), "gather" (every rank gets every
     message) or "two_shot" (shards are summed by their owner, who sends the compressed sum to all).
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
-    `witness` names the field that holds a NaN or an infinity exactly when the gradient did.
+    `witness` names the field that holds a NaN or an infinity exactly when the gradient did, for `finite` to look at.
     """
 
     name: ClassVar[str]
@@ -38,6 +38,10 @@ class Compressor:
     def decode_sum(self, kernels: Any, out: Tensor, weight: float, *fields: Tensor) -> None:
         """out <- weight * sum of the rows, in rank order. Fields are [rows, count]."""
         raise NotImplementedError
+
+    def finite(self, fields: dict[str, Tensor]) -> Tensor:
+        """Whether no row of a message's fields, [rows, count] by name, shows an infinity or a NaN: bool []."""
+        return torch.isfinite(fields[self.witness]).all()
 
     def at(self, step: int) -> "Compressor":
         """The compressor to use in the given compressed step, counted from 0; differs from self during a warm-up."""
