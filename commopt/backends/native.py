@@ -81,13 +81,13 @@ def code_count(n: int, bits: int) -> int:
 _CODES = {8: torch.int8, 4: torch.uint8}
 
 
-def _format_of(c: Checker, absmax, element: str, scaling: str) -> tuple[int, int, torch.dtype, int]:
+def _format_of(c: Checker, whole, element: str, scaling: str) -> tuple[int, int, torch.dtype, int]:
     """The numbers of the element and the scaling, the dtype of the scales and the bits of a code."""
     if scaling not in _SCALED.get(element, ()):
         known = ", ".join(f"{e} with {' or '.join(s)}" for e, s in _SCALED.items())
         raise ValueError(f"{c.op}: there is no element {element!r} with scales {scaling!r}; there are {known}")
-    if absmax is not None and scaling != "e4m3":
-        raise ValueError(f"{c.op}: absmax must be None with scales {scaling!r}, got {_got(absmax)}")
+    if whole is not None and scaling != "e4m3":
+        raise ValueError(f"{c.op}: whole must be None with scales {scaling!r}, got {_got(whole)}")
     dtype = torch.float32 if scaling == "float32" else torch.uint8
     return _ELEMENT[element], _SCALING[scaling], dtype, 4 if element == "e2m1" else 8
 
@@ -125,28 +125,28 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
         module.half_decode_sum(*given, v, s, block, where(out.device))
 
-    def absmax(x, residual, loss_scale, out) -> None:
+    def absmax(x, residual, loss_scale, out, divisor) -> None:
         c = checker("absmax")
         given = c.input(x, residual, loss_scale)
-        module.absmax(*given, c.tensor("out", out, torch.float32, (1,)), where(x.device))
+        module.absmax(*given, c.tensor("out", out, torch.float32, (1,)), float(divisor), where(x.device))
 
-    def float_encode(x, residual, loss_scale, codes, scales, absmax, element, scaling, block, stochastic, draw) -> None:
+    def float_encode(x, residual, loss_scale, codes, scales, whole, element, scaling, block, stochastic, draw) -> None:
         c = checker("float_encode")
         given = c.input(x, residual, loss_scale)
-        *numbers, dtype, bits = _format_of(c, absmax, element, scaling)
+        *numbers, dtype, bits = _format_of(c, whole, element, scaling)
         q = c.tensor("codes", codes, torch.uint8, (code_count(x.numel(), bits),))
         s = c.tensor("scales", scales, dtype, (-(-x.numel() // block),))
-        m = c.tensor("absmax", absmax, torch.float32, (1,)) if scaling == "e4m3" else nothing
-        module.float_encode(*given, q, s, m, *numbers, block, stochastic, *draw, where(x.device))
+        w = c.tensor("whole", whole, torch.float32, (1,)) if scaling == "e4m3" else nothing
+        module.float_encode(*given, q, s, w, *numbers, block, stochastic, *draw, where(x.device))
 
-    def float_decode_sum(out, weight, codes, scales, absmax, element, scaling, block) -> None:
+    def float_decode_sum(out, weight, codes, scales, whole, element, scaling, block) -> None:
         c = checker("float_decode_sum")
         given = c.output(out, weight, codes)
-        *numbers, dtype, bits = _format_of(c, absmax, element, scaling)
+        *numbers, dtype, bits = _format_of(c, whole, element, scaling)
         q = c.field("codes", codes, torch.uint8, given[4], code_count(out.numel(), bits), given[5])
         s = c.field("scales", scales, dtype, given[4], -(-out.numel() // block), given[5])
-        m = c.field("absmax", absmax, torch.float32, given[4], 1, given[5]) if scaling == "e4m3" else nothing
-        module.float_decode_sum(*given, q, s, m, *numbers, block, where(out.device))
+        w = c.field("whole", whole, torch.float32, given[4], 1, given[5]) if scaling == "e4m3" else nothing
+        module.float_decode_sum(*given, q, s, w, *numbers, block, where(out.device))
 
     def quant_encode(x, residual, loss_scale, codes, scales, bits, block, stochastic, draw) -> None:
         c = checker("quant_encode")

@@ -12,22 +12,22 @@ class NVFP4(Compressor):
 
     Both rounded to nearest, ties to even. Biased. With B = max |block| at least max |x| / 28672, so that s is not denormal,
     |decoded - x| <= max(2^-2 |x|, B / 22); below that |decoded - x| <= B. 1/2 + 1/16 bytes per value, and 4 bytes.
-    A gradient with an infinity or a NaN travels as one in the field absmax, and all of it decodes to NaN.
+    A gradient with an infinity or a NaN travels as one in t, the field whole, and all of it decodes to NaN.
     """
 
     collective = "two_shot"
-    witness = "absmax"
+    witness = "whole"
     block = 16
 
     ef: bool = True
 
     def fields(self, n):
-        return [("codes", torch.uint8, -(-n // 2)), ("scales", torch.uint8, -(-n // self.block)), ("absmax", torch.float32, 1)]
+        return [("codes", torch.uint8, -(-n // 2)), ("scales", torch.uint8, -(-n // self.block)), ("whole", torch.float32, 1)]
 
-    def encode(self, kernels, x, residual, codes, scales, absmax):
-        kernels.absmax(x, residual, kernels.loss_scale, absmax)
+    def encode(self, kernels, x, residual, codes, scales, whole):
+        kernels.absmax(x, residual, kernels.loss_scale, whole, 448.0 * 6.0)
         kernels.float_encode(
-            x, residual, kernels.loss_scale, codes, scales, absmax, "e2m1", "e4m3", self.block, False, kernels.draw)
+            x, residual, kernels.loss_scale, codes, scales, whole, "e2m1", "e4m3", self.block, False, kernels.draw)
 
-    def decode_sum(self, kernels, out, weight, codes, scales, absmax):
-        kernels.float_decode_sum(out, weight, codes, scales, absmax, "e2m1", "e4m3", self.block)
+    def decode_sum(self, kernels, out, weight, codes, scales, whole):
+        kernels.float_decode_sum(out, weight, codes, scales, whole, "e2m1", "e4m3", self.block)

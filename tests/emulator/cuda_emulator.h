@@ -201,6 +201,11 @@ inline unsigned __ballot_sync(unsigned, int p) {
   return result;
 }
 template <class T, class V> T atomicAdd(T* p, V v) { return *p += (T)v, *p - (T)v; }
+template <class T> T atomicMax(T* p, T v) {
+  T old = *p;
+  *p = std::max(old, v);
+  return old;
+}
 template <class T, class V> T atomicOr(T* p, V v) {
   T old = *p;
   *p |= (T)v;

@@ -21,7 +21,6 @@ ELEMENTS = {
     "e2m1": Element(1, 0, 6.0, 2),  # 4 bits, two to a byte, the even element in the low nibble
     "power": Element(0, -126, 1.0, -1),  # 2^(code - 127), code 0 is zero; rounding up may double the largest
 }
-E4M3_TIMES_E2M1 = 448.0 * 6.0
 
 
 def _bits(x: float) -> int:
@@ -59,34 +58,34 @@ def _to_value(code: Tensor, element: str) -> Tensor:
     return torch.where(code.to(torch.int32) & sign != 0, -value, value)
 
 
-def _to_scale(scales: Tensor, absmax: Tensor | None, scaling: str) -> Tensor:
+def _to_scale(scales: Tensor, whole: Tensor | None, scaling: str) -> Tensor:
     """float32 [blocks], what the codes of each block are multiplied with."""
     if scaling == "float32":
         return scales
     if scaling == "e4m3":
-        return _to_value(scales, "e4m3") * (absmax / E4M3_TIMES_E2M1)
+        return _to_value(scales, "e4m3") * whole
     code = scales.to(torch.int32)
     power = torch.where(code == 0, 0x00400000, code << 23).view(torch.float32)
     return torch.where(code == 0xFF, NAN, power)
 
 
-def absmax(x: Tensor, residual: Tensor | None, loss_scale: Tensor, out: Tensor) -> None:
-    """out: float32 [1] <- the largest |acc|, NaN above infinity above every finite value."""
+def absmax(x: Tensor, residual: Tensor | None, loss_scale: Tensor, out: Tensor, divisor: float) -> None:
+    """out: float32 [1] <- the largest |acc| / divisor, NaN above infinity above every finite value; 0 where n is 0."""
     size = magnitude(accumulate(x, residual, loss_scale))
-    out.copy_(size.amax().view(torch.float32) if size.numel() else torch.zeros(1))
+    out.copy_(size.amax().view(torch.float32) / divisor if size.numel() else torch.zeros(1))
 
 
 def float_encode(
-    x: Tensor, residual: Tensor | None, loss_scale: Tensor, codes: Tensor, scales: Tensor, absmax: Tensor | None,
+    x: Tensor, residual: Tensor | None, loss_scale: Tensor, codes: Tensor, scales: Tensor, whole: Tensor | None,
     element: str, scaling: str, block: int, stochastic: bool, draw: tuple[int, int, int],
 ) -> None:
     """codes: uint8 [n], or [ceil(n / 2)] for e2m1: acc / scale in the format `element`, what is too large as the largest.
     scales: of each of ceil(n / block) blocks,
         float32: float32, largest magnitude / largest value of the element.
         e8m0: uint8 c for 2^(c - 127), 2^(floor(log2 largest magnitude) - top), at least 2^-127 and at most 2^127.
-        e4m3: uint8, largest magnitude / 6 / t, rounded to nearest, with t = absmax / (448 * 6), and the scale is this times t.
-            absmax: float32 [1] as the op absmax wrote it; None with other scalings.
-    A block with an infinity or a NaN has the scale NaN, in e8m0 0xff, in e4m3 0x7f, and codes 0. With e4m3 all blocks do.
+        e4m3: uint8, largest magnitude / largest value of the element / whole, rounded to nearest; the scale is this times whole.
+            whole: float32 [1], only read; None with other scalings.
+    A block with an infinity or a NaN has the scale NaN, in e8m0 0xff, in e4m3 0x7f, and codes 0; all have where whole is one.
     stochastic, draw: (seed, step, stream): see quant_encode."""
     n, acc, e = x.numel(), accumulate(x, residual, loss_scale), ELEMENTS[element]
     if n == 0:
@@ -98,12 +97,11 @@ def float_encode(
     elif scaling == "e8m0":
         stored = torch.where(finite, ((largest >> 23) - e.top).clamp(0, 254), 0xFF).to(torch.uint8)
     else:
-        finite = finite & torch.isfinite(absmax)
-        whole = absmax / E4M3_TIMES_E2M1
-        ratio = torch.where(finite & (whole > 0), largest.view(torch.float32) / 6.0 / whole, 0.0)
+        finite = finite & torch.isfinite(whole)
+        ratio = torch.where(finite & (whole > 0), largest.view(torch.float32) / e.most / whole, 0.0)
         stored = torch.where(finite, _to_code(ratio, "e4m3")[0], 0x7F)
     scales.copy_(stored)
-    scale = torch.where(finite, _to_scale(stored, absmax, scaling), 0.0)
+    scale = torch.where(finite, _to_scale(stored, whole, scaling), 0.0)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
     usable = spread(finite, block, n)
@@ -118,14 +116,14 @@ def float_encode(
 
 
 def float_decode_sum(
-    out: Tensor, weight: float, codes: Tensor, scales: Tensor, absmax: Tensor | None, element: str, scaling: str, block: int
+    out: Tensor, weight: float, codes: Tensor, scales: Tensor, whole: Tensor | None, element: str, scaling: str, block: int
 ) -> None:
-    """codes: uint8 [rows, n] or [rows, ceil(n / 2)], scales: [rows, ceil(n / block)], absmax: float32 [rows, 1] or None."""
+    """codes: uint8 [rows, n] or [rows, ceil(n / 2)], scales: [rows, ceil(n / block)], whole: float32 [rows, 1] or None."""
     n = out.numel()
 
-    def row(c: Tensor, s: Tensor, m: Tensor | None) -> Tensor:
+    def row(c: Tensor, s: Tensor, w: Tensor | None) -> Tensor:
         if element == "e2m1":
             c = torch.stack([c & 15, c >> 4], 1).flatten()[:n]
-        return _to_value(c, element) * spread(_to_scale(s, m, scaling), block, n)
+        return _to_value(c, element) * spread(_to_scale(s, w, scaling), block, n)
 
-    sum_rows(out, weight, map(row, codes, scales, [None] * len(codes) if absmax is None else absmax))
+    sum_rows(out, weight, map(row, codes, scales, [None] * len(codes) if whole is None else whole))
