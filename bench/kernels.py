@@ -39,18 +39,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Op:
     """One row of the table. encode: with error feedback; decode: the mean of two rows."""
 
-    method: str  # dense, half, quant, topk
+    method: str  # dense, half, float, quant, topk
     decode: bool = False
     bits: int = 8
     block: int = 256
     stochastic: bool = False
     share: float = 0.01
     rising: bool = False  # from the first step on, on gradients that resemble each other
+    element: str = "e4m3"
+    scaling: str = "float32"
 
 
 OPS = {
     "bf16": Op("dense"),
     "half": Op("half"),
+    "fp8": Op("float"),
+    "fp8 stochastic": Op("float", stochastic=True),
+    "mxfp8": Op("float", scaling="e8m0", block=32),
+    "mxfp4": Op("float", element="e2m1", scaling="e8m0", block=32),
+    "nvfp4": Op("float", element="e2m1", scaling="e4m3", block=16),
+    "natural": Op("float", element="power", scaling="e8m0", stochastic=True),
     "int8": Op("quant"),
     "int4": Op("quant", bits=4),
     "int8 stochastic": Op("quant", stochastic=True),
@@ -60,6 +68,11 @@ OPS = {
     "topk rising": Op("topk", rising=True),
     "bf16 decode": Op("dense", decode=True),
     "half decode": Op("half", decode=True),
+    "fp8 decode": Op("float", decode=True),
+    "mxfp8 decode": Op("float", decode=True, scaling="e8m0", block=32),
+    "mxfp4 decode": Op("float", decode=True, element="e2m1", scaling="e8m0", block=32),
+    "nvfp4 decode": Op("float", decode=True, element="e2m1", scaling="e4m3", block=16),
+    "natural decode": Op("float", decode=True, element="power", scaling="e8m0"),
     "int8 decode": Op("quant", decode=True),
     "int4 decode": Op("quant", decode=True, bits=4),
     "topk 1% decode": Op("topk", decode=True),
@@ -91,6 +104,12 @@ class Run:
             shapes, self.extra = ((n, torch.bfloat16),), ()
         elif op.method == "half":
             shapes, self.extra = ((n, torch.float16), (blocks, torch.float32)), (op.block,)
+        elif op.method == "float":
+            codes = (-(-n // 2) if op.element == "e2m1" else n, torch.uint8)
+            shapes = (codes, (blocks, torch.float32 if op.scaling == "float32" else torch.uint8))
+            self.extra = (None, op.element, op.scaling, op.block)
+            if op.scaling == "e4m3":  # under one scale for all
+                shapes, self.extra = (*shapes, (1, torch.float32)), self.extra[1:]
         elif op.method == "quant":
             codes = (n, torch.int8) if op.bits == 8 else (-(-n // 2), torch.uint8)
             shapes, self.extra = (codes, (blocks, torch.float32)), (op.bits, op.block)
@@ -112,7 +131,9 @@ class Run:
 
     def encode(self, turn: int, row: int = 0) -> None:
         x, fields = self.grads[turn % len(self.grads)], [field[row] for field in self.fields]
-        if self.op.method == "quant":
+        if self.op.scaling == "e4m3":
+            self.kernels.absmax(x, self.residual, self.scale, fields[-1], 448.0 * 6.0)
+        if self.op.method in ("quant", "float"):
             extra = (*self.extra, self.op.stochastic, (1, turn, row))
         else:
             extra = (self.workspace,) if self.op.method == "topk" else self.extra

@@ -147,7 +147,7 @@ class Message:
         seen = torch.isfinite(exact).all()
         for part, fields in zip(self.parts, groups):
             names = [name for name, _, _ in part.fields]
-            seen &= torch.isfinite(fields[names.index(part.compressor.witness)]).all()
+            seen &= part.compressor.finite(dict(zip(names, fields)))
         return seen
 
 

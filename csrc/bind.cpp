@@ -31,6 +31,18 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
   m.def("half_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, ptr scales, int block, int64_t where) {
     run(HalfDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint16_t>(values), at<float>(scales), block}, where);
   }, Free());
+  m.def("absmax", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr out, float divisor, int64_t where) {
+    run(AbsMax{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(out), divisor}, where);
+  }, Free());
+  m.def("float_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr codes, ptr scales, ptr whole, int element, int scaling, int block,
+                            bool stochastic, uint64_t seed, uint32_t step, uint32_t stream, int64_t where) {
+    run(FloatEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint8_t>(codes), at<void>(scales), at<float>(whole),
+                    element, scaling, block, stochastic, seed, step, stream}, where);
+  }, Free());
+  m.def("float_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr codes, ptr scales, ptr whole, int element,
+                                int scaling, int block, int64_t where) {
+    run(FloatDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint8_t>(codes), at<void>(scales), at<float>(whole), element, scaling, block}, where);
+  }, Free());
   m.def("quant_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr codes, ptr scales, int bits, int block, bool stochastic,
                             uint64_t seed, uint32_t step, uint32_t stream, int64_t where) {
     run(QuantEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint8_t>(codes), at<float>(scales), bits, block,

@@ -51,6 +51,32 @@ struct HalfDecodeSum {
   int block;
 };
 
+enum Element : int { kE4M3 = 0, kE5M2 = 1, kE2M1 = 2, kPower = 3 };
+enum Scaling : int { kScaleFloat32 = 0, kScaleE8M0 = 1, kScaleE4M3 = 2 };
+
+struct AbsMax {
+  Input in;
+  float* out;  // [1]
+  float divisor;
+};
+struct FloatEncode {
+  Input in;
+  uint8_t* codes;       // [n]. kE2M1: [ceil(n / 2)], the even element in the low nibble
+  void* scales;         // [ceil(n / block)], float32 or, other than kScaleFloat32, bytes
+  const float* whole;   // [1], what the scales of kScaleE4M3 are multiplied with
+  int element, scaling, block;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step, stream;
+};
+struct FloatDecodeSum {
+  Output out;
+  const uint8_t* codes;
+  const void* scales;
+  const float* whole;
+  int element, scaling, block;
+};
+
 struct QuantEncode {
   Input in;
   uint8_t* codes;  // 8 bits: int8 [n]. 4 bits: [ceil(n / 2)], the even element in the low nibble, stored as q + 8

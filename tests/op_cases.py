@@ -10,6 +10,11 @@ LARGE = (65535, 65536, 65537, 200_003)
 VALUES = ("normal", "heavy", "mixed", "tiny", "denormal", "zero", "equal", "few", "nan", "inf", "minus_zero", "huge")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (64, 128, 256, 1024)
+FLOATS = (
+    ("e4m3", "float32", 256, False), ("e5m2", "float32", 64, True), ("e4m3", "float32", 128, True), ("e5m2", "float32", 1024, False),
+    ("e4m3", "e8m0", 32, False), ("e5m2", "e8m0", 32, False), ("e2m1", "e8m0", 32, False), ("e2m1", "e4m3", 16, False),
+    ("power", "e8m0", 256, True), ("power", "e8m0", 64, False),
+)
 
 
 def values_of(kind: str, n: int, seed: int = 0) -> torch.Tensor:
@@ -79,6 +84,18 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         extra = (options["block"],)
         fields = message_rows(rows, {"values": (n, torch.float16), "scales": (-(-n // extra[0]), torch.float32)}, device)
         encode = lambda i, x, r: kernels.half_encode(x, r, scale, fields["values"][i], fields["scales"][i], *extra)
+    elif op == "float":
+        element, scaling, block, stochastic = (options[name] for name in ("element", "scaling", "block", "stochastic"))
+        lists = {"codes": (-(-n // 2) if element == "e2m1" else n, torch.uint8),
+                 "scales": (-(-n // block), torch.float32 if scaling == "float32" else torch.uint8)}
+        fields = message_rows(rows, lists | ({"whole": (1, torch.float32)} if scaling == "e4m3" else {}), device)
+        extra = (element, scaling, block) if scaling == "e4m3" else (None, element, scaling, block)
+
+        def encode(i, x, r):
+            row = [f[i] for f in fields.values()]
+            if scaling == "e4m3":
+                kernels.absmax(x, r, scale, row[-1], 2688.0)
+            kernels.float_encode(x, r, scale, *row, *extra, stochastic, (2**40 + 12345, 7, i + 3))
     elif op == "quant":
         bits = options["bits"]
         extra = (bits, options["block"])
@@ -110,6 +127,9 @@ def variants(op: str, n: int) -> Iterator[dict]:
         yield from ({"values": d} for d in (torch.float32, torch.bfloat16))
     elif op == "half":
         yield from ({"block": b} for b in BLOCKS)
+    elif op == "float":
+        for element, scaling, block, stochastic in FLOATS:
+            yield {"element": element, "scaling": scaling, "block": block, "stochastic": stochastic}
     elif op == "quant":
         yield from ({"bits": q, "block": b, "stochastic": s} for q in (8, 4) for b in BLOCKS for s in (False, True))
     else:

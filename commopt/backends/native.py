@@ -14,6 +14,9 @@ from .reference import TILE
 
 GRADIENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/ops.h
 _DENSE = (torch.float32, torch.bfloat16)
+_ELEMENT = {"e4m3": 0, "e5m2": 1, "e2m1": 2, "power": 3}  # Element in csrc/ops.h
+_SCALING = {"float32": 0, "e8m0": 1, "e4m3": 2}  # Scaling in csrc/ops.h
+_SCALED = {"e4m3": ("float32", "e8m0"), "e5m2": ("float32", "e8m0"), "e2m1": ("e8m0", "e4m3"), "power": ("e8m0",)}
 
 
 def _got(t) -> str:
@@ -78,11 +81,23 @@ def code_count(n: int, bits: int) -> int:
 _CODES = {8: torch.int8, 4: torch.uint8}
 
 
+def _format_of(c: Checker, whole, element: str, scaling: str) -> tuple[int, int, torch.dtype, int]:
+    """The numbers of the element and the scaling, the dtype of the scales and the bits of a code."""
+    if scaling not in _SCALED.get(element, ()):
+        known = ", ".join(f"{e} with {' or '.join(s)}" for e, s in _SCALED.items())
+        raise ValueError(f"{c.op}: there is no element {element!r} with scales {scaling!r}; there are {known}")
+    if whole is not None and scaling != "e4m3":
+        raise ValueError(f"{c.op}: whole must be None with scales {scaling!r}, got {_got(whole)}")
+    dtype = torch.float32 if scaling == "float32" else torch.uint8
+    return _ELEMENT[element], _SCALING[scaling], dtype, 4 if element == "e2m1" else 8
+
+
 def bind(module, device_type: str, where: Callable[[torch.device], object], addresses: bool = True) -> dict[str, Callable]:
     """The ops of the reference by name, served by `module`. where(device): what its functions get as their last argument.
     addresses: whether they get a tensor as its address."""
 
     checker = partial(Checker, device_type=device_type, addresses=addresses)
+    nothing = 0 if addresses else None
 
     def dense_encode(x, residual, loss_scale, values) -> None:
         c = checker("dense_encode")
@@ -109,6 +124,29 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         v = c.field("values", values, torch.float16, given[4], out.numel(), given[5])
         s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
         module.half_decode_sum(*given, v, s, block, where(out.device))
+
+    def absmax(x, residual, loss_scale, out, divisor) -> None:
+        c = checker("absmax")
+        given = c.input(x, residual, loss_scale)
+        module.absmax(*given, c.tensor("out", out, torch.float32, (1,)), float(divisor), where(x.device))
+
+    def float_encode(x, residual, loss_scale, codes, scales, whole, element, scaling, block, stochastic, draw) -> None:
+        c = checker("float_encode")
+        given = c.input(x, residual, loss_scale)
+        *numbers, dtype, bits = _format_of(c, whole, element, scaling)
+        q = c.tensor("codes", codes, torch.uint8, (code_count(x.numel(), bits),))
+        s = c.tensor("scales", scales, dtype, (-(-x.numel() // block),))
+        w = c.tensor("whole", whole, torch.float32, (1,)) if scaling == "e4m3" else nothing
+        module.float_encode(*given, q, s, w, *numbers, block, stochastic, *draw, where(x.device))
+
+    def float_decode_sum(out, weight, codes, scales, whole, element, scaling, block) -> None:
+        c = checker("float_decode_sum")
+        given = c.output(out, weight, codes)
+        *numbers, dtype, bits = _format_of(c, whole, element, scaling)
+        q = c.field("codes", codes, torch.uint8, given[4], code_count(out.numel(), bits), given[5])
+        s = c.field("scales", scales, dtype, given[4], -(-out.numel() // block), given[5])
+        w = c.field("whole", whole, torch.float32, given[4], 1, given[5]) if scaling == "e4m3" else nothing
+        module.float_decode_sum(*given, q, s, w, *numbers, block, where(out.device))
 
     def quant_encode(x, residual, loss_scale, codes, scales, bits, block, stochastic, draw) -> None:
         c = checker("quant_encode")

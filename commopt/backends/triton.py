@@ -7,6 +7,7 @@ import torch
 import triton
 
 from ..kernels import dense, half, quant, topk
+from ..kernels import floats
 from .native import bind
 
 _TILE = 4096  # elements of one program, 16 to a thread
@@ -56,6 +57,31 @@ def half_decode_sum(out, _, weight, n, rows, stride, values, scales, block, devi
     programs, tiling = _tiling("half_decode_sum", n, block)
     strides = values.stride(0), scales.stride(0)
     _launch(device, half.half_decode_sum, programs, out, weight, values, scales, rows, *strides, n, **tiling)
+
+
+def absmax(x, _, residual, loss_scale, n, out, divisor, device):
+    bits = out.view(torch.int32).zero_()
+    _launch(device, floats.absmax, triton.cdiv(n, _TILE), x, residual, loss_scale, bits, divisor, n, TILE=_TILE)
+
+
+def float_encode(
+    x, _, residual, loss_scale, n, codes, scales, whole, element, scaling, block, stochastic, seed, step, stream, device
+):
+    programs, tiling = _tiling("float_encode", n, block)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    _launch(
+        device, floats.float_encode, programs, x, residual, loss_scale, codes, scales, whole, *draw, n,
+        ELEMENT=element, SCALING=scaling, STOCHASTIC=bool(stochastic), **tiling,
+    )
+
+
+def float_decode_sum(out, _, weight, n, rows, stride, codes, scales, whole, element, scaling, block, device):
+    programs, tiling = _tiling("float_decode_sum", n, block)
+    strides = codes.stride(0), scales.stride(0), 0 if whole is None else whole.stride(0)
+    _launch(
+        device, floats.float_decode_sum, programs, out, weight, codes, scales, whole, rows, *strides, n,
+        ELEMENT=element, SCALING=scaling, **tiling,
+    )
 
 
 def quant_encode(x, _, residual, loss_scale, n, codes, scales, bits, block, stochastic, seed, step, stream, device):

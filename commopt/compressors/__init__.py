@@ -4,6 +4,10 @@ from .base import STEADY, Compressor, compressors, never_larger, overview, parse
 from .none import NoCompression
 from .bf16 import BF16
 from .fp16 import FP16
+from .fp8 import FP8
+from .mx import MXFP4, MXFP8
+from .natural import Natural
+from .nvfp4 import NVFP4
 from .quantize import Int4, Int8
 from .topk import TopK
 from .powersgd import PowerSGD

@@ -22,7 +22,7 @@ class Compressor:
     message), "two_shot" (shards are summed by their owner, who sends the compressed sum to all) or "rounds" (what is sent
     depends on a mean that came before: such a method has `rounds` and `average` in place of encode and decode_sum).
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
-    `witness` names the field that holds a NaN or an infinity exactly when the gradient did.
+    `witness` names the field that holds a NaN or an infinity exactly when the gradient did, for `finite` to look at.
     `uses` are the specs that its users want, and when: {spec: a few words}.
     `slots` is how many float32 values it keeps for each gradient value: 1 is the residual; with more, what encode gets as
     its residual is [slots, n] and row 0 is what was not sent.
@@ -47,6 +47,10 @@ class Compressor:
     def decode_sum(self, kernels: Any, out: Tensor, weight: float, *fields: Tensor) -> None:
         """out <- weight * sum of the rows, in rank order. Fields are [rows, count]."""
         raise NotImplementedError
+
+    def finite(self, fields: dict[str, Tensor]) -> Tensor:
+        """Whether no row of a message's fields, [rows, count] by name, shows an infinity or a NaN: bool []."""
+        return torch.isfinite(fields[self.witness]).all()
 
     def takes(self, shape: torch.Size) -> bool:
         """Whether it compresses a tensor of this shape. What it does not take travels exactly."""

@@ -1,8 +1,10 @@
 // Which table of kernels runs, and how an op is split over threads.
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <stdexcept>
 
+#include "../codec/bits.h"
 #include "exact_topk.h"
 #include "pool.h"
 #include "run.h"
@@ -48,6 +50,21 @@ void run(const HalfEncode& op, int threads) {
 }
 void run(const HalfDecodeSum& op, int threads) {
   split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->half_decode_sum(op, begin, end); });
+}
+void run(const AbsMax& op, int threads) {
+  std::atomic<uint32_t> most{0};
+  split(op.in.n, 64, threads, [&](int64_t begin, int64_t end) {
+    const uint32_t found = chosen->absmax(op, begin, end);
+    for (uint32_t before = most; before < found && !most.compare_exchange_weak(before, found);) {}
+  });
+  DefaultFloats floats;
+  *op.out = canonical(float_of(most) / op.divisor);
+}
+void run(const FloatEncode& op, int threads) {
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->float_encode(op, begin, end); });
+}
+void run(const FloatDecodeSum& op, int threads) {
+  split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->float_decode_sum(op, begin, end); });
 }
 void run(const QuantEncode& op, int threads) {
   split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_encode(op, begin, end); });

@@ -7,6 +7,7 @@
 
 #include "dense.h"
 #include "half.h"
+#include "floats.h"
 #include "quant.h"
 #include "topk.h"
 
@@ -18,8 +19,9 @@ namespace commopt::cpu {
 #define COMMOPT_TEXT(a) COMMOPT_TEXT2(a)
 
 const Table COMMOPT_JOIN(table_, COMMOPT_ISA) = {
-    COMMOPT_TEXT(COMMOPT_ISA), dense_encode, dense_decode_sum, half_encode, half_decode_sum, quant_encode,
-    quant_decode_sum, topk_scan, topk_keys, topk_emit, topk_decode_sum, axpy,
+    COMMOPT_TEXT(COMMOPT_ISA), dense_encode, dense_decode_sum, half_encode, half_decode_sum,
+    absmax, float_encode, float_decode_sum,
+    quant_encode, quant_decode_sum, topk_scan, topk_keys, topk_emit, topk_decode_sum, axpy,
 };
 
 }  // namespace commopt::cpu

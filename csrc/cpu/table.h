@@ -48,6 +48,9 @@ struct Table {
   void (*dense_decode_sum)(const DenseDecodeSum&, int64_t begin, int64_t end);
   void (*half_encode)(const HalfEncode&, int64_t begin, int64_t end);
   void (*half_decode_sum)(const HalfDecodeSum&, int64_t begin, int64_t end);
+  uint32_t (*absmax)(const AbsMax&, int64_t begin, int64_t end);  // its bits, any NaN
+  void (*float_encode)(const FloatEncode&, int64_t begin, int64_t end);
+  void (*float_decode_sum)(const FloatDecodeSum&, int64_t begin, int64_t end);
   void (*quant_encode)(const QuantEncode&, int64_t begin, int64_t end);
   void (*quant_decode_sum)(const QuantDecodeSum&, int64_t begin, int64_t end);
   bool (*topk_scan)(const TopkScan&, TopkPart&);  // false: out of segments, part.done tells how far it came

@@ -1,7 +1,9 @@
 // Encoding in blocks that share a scale, for any codec: absmax of the block, its scale, then the codes and the residual.
 //
-// A codec has scale(absmax) and encode(group, count, acc, scale, usable, sent).
+// A codec has scale(absmax), a BlockScale or SharedScale that is NaN where the block cannot be used, and
+// encode(group, count, acc, scale, usable, sent). A message holds the scale itself or, in bytes, its code.
 #pragma once
+#include "../codec/floats.h"
 #include "../codec/quantize.h"
 #include "launch.h"
 
@@ -28,11 +30,14 @@ __device__ __forceinline__ uint32_t absmax_of(const float (&acc)[kGroup]) {
   return most;
 }
 
+__device__ __forceinline__ void put(float* to, const BlockScale& scale) { *to = scale.scale; }
+__device__ __forceinline__ void put(uint8_t* to, const SharedScale& scale) { *to = (uint8_t)scale.code; }
+
 template <class T, class Codec>
 __device__ __forceinline__ void encode_group(const Gradient<T>& in, const Codec& codec, int64_t group, int count, const float (&acc)[kGroup],
-                                             uint32_t absmax, BlockScale scale, float inverse_loss_scale) {
+                                             BlockScale scale, float inverse_loss_scale) {
   float sent[kGroup];
-  bool usable = absmax < kNonFinite;
+  bool usable = magnitude(scale.scale) < kNonFinite;
   codec.encode(group, count, acc, scale, usable, sent);
   if (!in.residual || !usable) return;
   float kept[kGroup];
@@ -42,7 +47,7 @@ __device__ __forceinline__ void encode_group(const Gradient<T>& in, const Codec&
 }
 
 // A CUDA block owns 2048 elements, a thread 8 of them, `lanes` neighbouring threads one block (a power of two, <= 256).
-template <class T, class Codec> __global__ void __launch_bounds__(kThreads) encode_blocks(Gradient<T> in, Codec codec, float* scales, int shift) {
+template <class T, class Codec, class S> __global__ void __launch_bounds__(kThreads) encode_blocks(Gradient<T> in, Codec codec, S* scales, int shift) {
   __shared__ uint32_t of_warp[kThreads / 32];
   int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   int count = present(in.n, group * kGroup), lanes = 1 << shift;
@@ -57,14 +62,14 @@ template <class T, class Codec> __global__ void __launch_bounds__(kThreads) enco
     for (int w = begin; w < begin + warps; ++w) most = max(most, of_warp[w]);
   }
   if (count == 0) return;
-  BlockScale scale = codec.scale(most);
-  if ((threadIdx.x & (lanes - 1)) == 0) scales[group >> shift] = scale.scale;
-  encode_group(in, codec, group, count, acc, most, scale, divide(1.0f, loss_scale));
+  const auto scale = codec.scale(most);
+  if ((threadIdx.x & (lanes - 1)) == 0) put(scales + (group >> shift), scale);
+  encode_group(in, codec, group, count, acc, scale, divide(1.0f, loss_scale));
 }
 
 // Any other block length: a warp owns a block and reads it twice, the second time from the cache.
-template <class T, class Codec>
-__global__ void __launch_bounds__(kThreads) encode_long_blocks(Gradient<T> in, Codec codec, float* scales, int per_block, int64_t blocks) {
+template <class T, class Codec, class S>
+__global__ void __launch_bounds__(kThreads) encode_long_blocks(Gradient<T> in, Codec codec, S* scales, int per_block, int64_t blocks) {
   int64_t block = (int64_t)blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   if (block >= blocks) return;
   int64_t begin = block * per_block;
@@ -78,27 +83,27 @@ __global__ void __launch_bounds__(kThreads) encode_long_blocks(Gradient<T> in, C
     most = max(most, absmax_of(acc));
   }
   for (int apart = 16; apart; apart /= 2) most = max(most, __shfl_xor_sync(kAll, most, apart));
-  BlockScale scale = codec.scale(most);
-  if (threadIdx.x % 32 == 0) scales[block] = scale.scale;
+  const auto scale = codec.scale(most);
+  if (threadIdx.x % 32 == 0) put(scales + block, scale);
   for (int j = threadIdx.x % 32; j < per_block; j += 32) {
     int64_t first = (begin + j) * kGroup;
     int count = present(in.n, first);
     if (count == 0) break;
     in.load(first, count, loss_scale, acc, old);
-    encode_group(in, codec, begin + j, count, acc, most, scale, divide(1.0f, loss_scale));
+    encode_group(in, codec, begin + j, count, acc, scale, divide(1.0f, loss_scale));
   }
 }
 
-template <class Codec> void launch_encode(const char* op, const Input& in, const Codec& codec, float* scales, int block, cudaStream_t stream) {
+template <class Codec, class S> void launch_encode(const char* op, const Input& in, const Codec& codec, S* scales, int block, cudaStream_t stream) {
   if (in.n == 0) return;
   PerBlock per(block);
   with_type(in.dtype, [&](auto type) {
     using T = decltype(type);
     int64_t blocks = ceil_div(in.n, block);
     if (per.shift >= 0 && per.per_block <= kThreads)
-      LAUNCH((encode_blocks<T, Codec>), group_blocks(in.n), kThreads, stream, Gradient<T>(in), codec, scales, per.shift);
+      LAUNCH((encode_blocks<T, Codec, S>), group_blocks(in.n), kThreads, stream, Gradient<T>(in), codec, scales, per.shift);
     else
-      LAUNCH((encode_long_blocks<T, Codec>), ceil_div(blocks, kThreads / 32), kThreads, stream, Gradient<T>(in), codec, scales, per.per_block, blocks);
+      LAUNCH((encode_long_blocks<T, Codec, S>), ceil_div(blocks, kThreads / 32), kThreads, stream, Gradient<T>(in), codec, scales, per.per_block, blocks);
   });
   check(op);
 }

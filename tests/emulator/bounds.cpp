@@ -62,6 +62,14 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     Field<uint16_t> v(n, stride);
     cuda::run(HalfEncode{g.input(), v.row(1), scales.row(1), block}, nullptr);
     cuda::run(HalfDecodeSum{g.output(stride), v.row(), scales.row(), block}, nullptr);
+    for (int format : {kE4M3, 10 + kE5M2, 10 + kE2M1, 20 + kE2M1, 10 + kPower}) {
+      const int element = format % 10, scaling = format / 10;
+      Field<uint8_t> codes(element == kE2M1 ? ceil_div(n, 2) : n, stride), coded(scaling ? blocks : 4 * blocks, stride);
+      Field<float> whole(1, stride);
+      cuda::run(AbsMax{g.input(), whole.row(1), 2688.0f}, nullptr);
+      cuda::run(FloatEncode{g.input(), codes.row(1), coded.row(1), whole.row(1), element, scaling, block, element == kPower, 1, 2, 3}, nullptr);
+      cuda::run(FloatDecodeSum{g.output(stride), codes.row(), coded.row(), whole.row(), element, scaling, block}, nullptr);
+    }
     for (int bits : {8, 4}) {
       Field<uint8_t> codes(bits == 8 ? n : ceil_div(n, 2), stride);
       cuda::run(QuantEncode{g.input(), codes.row(1), scales.row(1), bits, block, bits == 4, 1, 2, 3}, nullptr);

@@ -134,7 +134,7 @@ inline void shuffle(unsigned* p, unsigned count) {
   }
 }
 
-inline void launch(int64_t blocks, unsigned threads, const std::function<void()>& kernel) {
+__attribute__((noinline)) inline void launch(int64_t blocks, unsigned threads, const std::function<void()>& kernel) {
   if (blocks < 1 || blocks > 0x7fffffff || threads > kMostThreads || threads % 32) fail("bad launch");
   body = &kernel;
   gridDim.x = (unsigned)blocks, blockDim.x = threads;
@@ -201,6 +201,11 @@ inline unsigned __ballot_sync(unsigned, int p) {
   return result;
 }
 template <class T, class V> T atomicAdd(T* p, V v) { return *p += (T)v, *p - (T)v; }
+template <class T> T atomicMax(T* p, T v) {
+  T old = *p;
+  *p = std::max(old, v);
+  return old;
+}
 template <class T, class V> T atomicOr(T* p, V v) {
   T old = *p;
   *p |= (T)v;

@@ -14,5 +14,6 @@ No operation is fused with another, so that each is rounded alike everywhere. A 
 
 from .dense import dense_decode_sum, dense_encode
 from .half import half_decode_sum, half_encode
+from .floats import absmax, float_decode_sum, float_encode
 from .quant import quant_decode_sum, quant_encode
 from .topk import TILE, sparse_add, topk_decode_sum, topk_encode, topk_workspace
