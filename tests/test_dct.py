@@ -125,47 +125,47 @@ def test_nothing_is_lost_between_ranks(world):
 # --- a method from outside the package ---
 
 
-def peaks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """An op of its own: where in each block of x its largest magnitude is, int64 [blocks, 1]."""
-    return torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block).abs().argmax(1, keepdim=True)
+def largest_of_each(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An op of its own: the value of largest magnitude of each block of x, and its place there; float32, int64 [blocks]."""
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block)
+    place = blocks.abs().argmax(1)
+    return blocks.gather(1, place[:, None])[:, 0], place
 
 
-def register_peaks() -> None:
-    @commopt.register("peaks")
-    class Peaks(commopt.Compressor):
+def register_largest() -> None:
+    @commopt.register("largest")
+    class Largest(commopt.Compressor):
         """The largest value of each block. 5 / block bytes per value."""
 
         collective = "gather"
 
-        block: int = 8
+        block: int = 16
         ef: bool = True
 
         def fields(self, n):
-            return [("values", torch.float32, -(-n // self.block)), ("places", torch.uint8, -(-n // self.block))]
+            return [("values", torch.float32, -(-n // self.block)), ("place", torch.uint8, -(-n // self.block))]
 
-        def encode(self, kernels, x, residual, values, places):
+        def encode(self, kernels, x, residual, values, place):
             acc = x.float() if residual is None else x.float() + residual * kernels.loss_scale
-            at = peaks(acc, self.block)
-            places.copy_(at[:, 0])
-            at = (at + self.block * torch.arange(len(at))[:, None]).clamp(max=x.numel() - 1)[:, 0]
-            values.copy_(acc[at])
+            found, at = largest_of_each(acc, self.block)
+            values.copy_(found), place.copy_(at)
             if residual is not None:
-                residual.copy_(acc.index_fill(0, at, 0.0) / kernels.loss_scale)
+                acc[torch.arange(at.numel()) * self.block + at] = 0
+                residual.copy_(acc / kernels.loss_scale)
 
-        def decode_sum(self, kernels, out, weight, values, places):
-            total = torch.zeros(values.shape[1], self.block)
-            for v, p in zip(values, places):
-                total.scatter_add_(1, p[:, None].long(), v[:, None])
-            out.copy_(total.view(-1)[: out.numel()] * weight)
+        def decode_sum(self, kernels, out, weight, values, place):
+            out.zero_()
+            for row, at in zip(values, place.long()):
+                out[torch.arange(at.numel()) * self.block + at] += weight * row
 
 
 @each_rank(2)
 def test_a_method_from_outside_takes_a_class_and_trains(rank, world):
     """Nothing else of commopt is touched: grammar, bytes, error feedback, replicas and checkpoints come with it."""
-    register_peaks()
-    assert str(parse("peaks:block=4")) == "peaks:block=4" and commopt.wire_bytes("peaks", 1000) == 512 + 128 and "peaks" in commopt.compressors()
+    register_largest()
+    assert str(parse("largest:block=8")) == "largest:block=8" and commopt.wire_bytes("largest", 1000) == 256 + 64 and "largest" in commopt.compressors()
     ddp = DDP(Given((64, 33), (7,), (50, 50)))
-    handle = commopt.attach(ddp, "peaks:block=4", start_step=0)
+    handle = commopt.attach(ddp, "largest:block=8", start_step=0)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     target = [p + 1.0 for p in Given((64, 33), (7,), (50, 50)).random(5, 0)]  # the same on all ranks
     for step in range(300):
@@ -174,5 +174,5 @@ def test_a_method_from_outside_takes_a_class_and_trains(rank, world):
         optimizer.step()
         same_everywhere(ddp.parameters(), f"step {step}")
     for p, t in zip(ddp.module.w, target):
-        close(p, t, 0.02)
-    assert handle.stats()["ratio"] > 3 and handle.state_dict()["residual"]["w.0"].any()
+        close(p, t, 0.1)
+    assert handle.stats()["ratio"] > 6 and handle.state_dict()["residual"]["w.0"].any()

@@ -123,9 +123,8 @@ def _draw(flat: Tensor, seed: int) -> None:
 
 
 def _orthonormalize(thin: list[Tensor]) -> None:
-    """Makes the rows of each matrix, float64 [rank, n], orthonormal; zeros stay zeros.
-
-    Of what depends on the rows before it, up to 2^-20 of the matrix, less than one length may remain: never more."""
+    """Makes the rows of each matrix, float64 [rank, n], orthonormal. Zeros stay zeros, and a row that depends on those
+    before it, to 2^-20 of the matrix, may end shorter than 1, never longer."""
     for _ in range(2):
         gram = torch.stack([a @ a.T for a in thin])
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
