@@ -134,7 +134,7 @@ inline void shuffle(unsigned* p, unsigned count) {
   }
 }
 
-inline void launch(int64_t blocks, unsigned threads, const std::function<void()>& kernel) {
+__attribute__((noinline)) inline void launch(int64_t blocks, unsigned threads, const std::function<void()>& kernel) {
   if (blocks < 1 || blocks > 0x7fffffff || threads > kMostThreads || threads % 32) fail("bad launch");
   body = &kernel;
   gridDim.x = (unsigned)blocks, blockDim.x = threads;
