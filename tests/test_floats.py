@@ -372,3 +372,13 @@ def test_golden_bytes():
     fields = encoded("natural:rounding=nearest", x)
     assert fields["scales"].tolist() == [127 + 7]
     assert fields["codes"].tolist() == [127 - 7, 128 + 127 - 9, 127 - 9, 127 - 4, 128 + 127 - 5, 0, 127, 128]
+
+
+def test_specs_and_defaults():
+    for spec in ALL:
+        assert str(commopt.parse(spec)) == spec
+    assert {name: (commopt.parse(name).ef, commopt.parse(name).biased) for name in ("fp8", "mxfp8", "mxfp4", "nvfp4", "natural")} == {
+        "fp8": (False, True), "mxfp8": (False, True), "mxfp4": (True, True), "nvfp4": (True, True), "natural": (False, False)}
+    assert not commopt.parse("fp8:rounding=stochastic").biased and commopt.parse("natural:rounding=nearest").biased
+    with pytest.raises(ValueError, match="multiple of 8"):
+        commopt.parse("fp8:block=12")
