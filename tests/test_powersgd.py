@@ -257,14 +257,13 @@ def test_other_compressors_in_the_same_bucket_keep_their_messages():
 # --- real ranks ---
 
 
-@pytest.mark.parametrize("spec", ["powersgd", "powersgd:rank=1"])
 @each_rank(2, 3, 4)
-def test_replicas_stay_identical_and_learn(rank, world, spec):
+def test_replicas_stay_identical_and_learn(rank, world):
     """Several buckets on gloo, convolutions, an embedding; momentum would multiply any difference between ranks. One of
     them has another number of threads. The labels are random, so what a rank can learn of them is little."""
     torch.set_num_threads(2 if rank == 0 else 1)
     ddp = test_ddp.mixed()
-    commopt.attach(ddp, spec)
+    commopt.attach(ddp, "powersgd")
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     loss = lambda: sum(float(loss_of(ddp.module, r, step)) for r in range(world) for step in range(4)) / (4 * world)
     before = loss()
@@ -274,19 +273,10 @@ def test_replicas_stay_identical_and_learn(rank, world, spec):
     assert loss() < before - 0.3
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("what", ["none lost", "rules", *map(str, test_ddp.OPTIONS)])
-def test_with_ddp(what, world):
-    if what == "none lost":
-        run(world, test_ddp.test_all_ranks_hold_the_same_bits_and_nothing_is_lost, spec="powersgd:rank=2", rules=None)
-    elif what == "rules":
-        run(world, test_ddp.test_all_ranks_hold_the_same_bits_and_nothing_is_lost, spec="powersgd:rank=1", rules=test_ddp.RULES)
-    elif world == 2:
-        run(2, test_ddp.test_the_residual_stays_with_its_parameter_when_buckets_are_rebuilt, spec="powersgd:rank=1",
-            options=dict(zip(map(str, test_ddp.OPTIONS), test_ddp.OPTIONS))[what])
-
-
 @pytest.mark.parametrize("test, given", [
+    (test_ddp.test_all_ranks_hold_the_same_bits_and_nothing_is_lost, {"rules": None, "world": 3, "spec": "powersgd:rank=2"}),
+    (test_ddp.test_all_ranks_hold_the_same_bits_and_nothing_is_lost, {"rules": test_ddp.RULES}),
+    *((test_ddp.test_the_residual_stays_with_its_parameter_when_buckets_are_rebuilt, {"options": o}) for o in test_ddp.OPTIONS),
     (test_ddp.test_parameters_that_are_not_used_on_some_ranks, {}),
     (test_ddp.test_error_feedback_in_bfloat16_buckets_falls_as_one_over_time, {"spec": "powersgd:rank=8"}),
     (test_faults.test_without_a_scaler_an_overflow_leaves_residuals_finite, {"bad": float("nan")}),
@@ -295,7 +285,7 @@ def test_with_ddp(what, world):
     (test_state.test_a_resumed_run_loses_nothing, {}),
 ], ids=lambda value: getattr(value, "__name__", None))
 def test_as_every_compressor(test, given):
-    run(2, test, **{"spec": "powersgd:rank=1"} | given)
+    run(test=test, **{"world": 2, "spec": "powersgd:rank=1"} | given)
 
 
 @pytest.mark.parametrize("before, after", [(4, 2), (2, 3)])
