@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Op:
     """One row of the table. encode: with error feedback; decode: the mean of two rows."""
 
-    method: str  # dense, half, float, quant, topk
+    method: str  # dense, half, float, quant, ternary, sign, hadamard, topk
     decode: bool = False
     bits: int = 8
     block: int = 256
@@ -63,6 +63,12 @@ OPS = {
     "int4": Op("quant", bits=4),
     "int8 stochastic": Op("quant", stochastic=True),
     "int4 stochastic": Op("quant", bits=4, stochastic=True),
+    "int2": Op("quant", bits=2, block=64),
+    "int2 stochastic": Op("quant", bits=2, block=64, stochastic=True),
+    "ternary": Op("ternary", block=320, stochastic=True),
+    "ternary nearest": Op("ternary", block=320),
+    "sign": Op("sign", block=1024),
+    "hadamard": Op("hadamard"),
     "topk 1%": Op("topk"),
     "topk 0.1%": Op("topk", share=0.001),
     "topk rising": Op("topk", rising=True),
@@ -75,6 +81,10 @@ OPS = {
     "natural decode": Op("float", decode=True, element="power", scaling="e8m0"),
     "int8 decode": Op("quant", decode=True),
     "int4 decode": Op("quant", decode=True, bits=4),
+    "int2 decode": Op("quant", decode=True, bits=2, block=64),
+    "ternary decode": Op("ternary", decode=True, block=320),
+    "sign decode": Op("sign", decode=True, block=1024),
+    "hadamard decode": Op("hadamard", decode=True),
     "topk 1% decode": Op("topk", decode=True),
 }
 
@@ -111,8 +121,14 @@ class Run:
             if op.scaling == "e4m3":  # under one scale for all
                 shapes, self.extra = (*shapes, (1, torch.float32)), self.extra[1:]
         elif op.method == "quant":
-            codes = (n, torch.int8) if op.bits == 8 else (-(-n // 2), torch.uint8)
+            codes = (n, torch.int8) if op.bits == 8 else (-(-n * op.bits // 8), torch.uint8)
             shapes, self.extra = (codes, (blocks, torch.float32)), (op.bits, op.block)
+        elif op.method == "ternary":
+            shapes, self.extra = ((blocks * (op.block // 5), torch.uint8), (blocks, torch.float32)), (op.block,)
+        elif op.method == "sign":
+            shapes, self.extra = ((-(-n // 8), torch.uint8), (blocks, torch.float32)), (op.block,)
+        elif op.method == "hadamard":  # its output is no message: one of it is enough
+            shapes, self.extra, rows = ((n, torch.float32),), (), 1
         else:
             k = max(1, int(n * op.share))
             shapes, self.extra = ((k, torch.float32), (k, torch.int16), (-(-n // 65536), torch.int64)), ()
@@ -130,16 +146,18 @@ class Run:
             self.workspace.zero_()
 
     def encode(self, turn: int, row: int = 0) -> None:
-        x, fields = self.grads[turn % len(self.grads)], [field[row] for field in self.fields]
+        x, fields = self.grads[turn % len(self.grads)], [field[row % len(field)] for field in self.fields]
         if self.op.scaling == "e4m3":
             self.kernels.absmax(x, self.residual, self.scale, fields[-1], 448.0 * 6.0)
-        if self.op.method in ("quant", "float"):
+        if self.op.method in ("quant", "ternary", "float"):
             extra = (*self.extra, self.op.stochastic, (1, turn, row))
         else:
             extra = (self.workspace,) if self.op.method == "topk" else self.extra
         getattr(self.kernels, f"{self.op.method}_encode")(x, self.residual, self.scale, *fields, *extra)
 
     def decode(self) -> None:
+        if self.op.method == "hadamard":
+            return self.kernels.hadamard_decode(self.out, 0.5, self.fields[0][0])
         getattr(self.kernels, f"{self.op.method}_decode_sum")(self.out, 0.5, *self.fields, *self.extra)
 
     def __call__(self, turn: int) -> None:

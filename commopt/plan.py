@@ -106,6 +106,11 @@ class Message:
         self.kernels = [backends.select(device) for _ in parts]
         self._streams = [zlib.crc32(f"{identity}/{i}".encode()) for i in range(len(parts))]
         self.layout = layout(parts, exact.numel())
+        lost = torch.zeros_like(exact, dtype=torch.bool)
+        for part in parts:
+            if not part.compressor.keeps_zero:
+                lost |= (exact >= part.start) & (exact < part.stop)
+        self._lost_zeros = exact[lost].to(device)  # exact positions where a part would keep what it decodes for a zero
         self._counts = [len(part.fields) for part in parts]
         self.nbytes = self.layout.nbytes
 
@@ -127,8 +132,8 @@ class Message:
             kept = part.kept(residual)
             kept = None if kept is None else kept[..., part.start : part.stop]
             part.compressor.encode(kernels, x[part.start : part.stop], kept, *fields)
-        if residual is not None and self.exact.numel():
-            residual.index_fill_(0, self.exact, 0)  # of what a transform decodes beside the values it was given
+        if residual is not None and self._lost_zeros.numel():
+            residual.index_fill_(-1, self._lost_zeros, 0)
 
     def decode_sum(self, out: Tensor, weight: float, rows: Tensor) -> None:
         """out <- weight * the sum of the rows, uint8 [rows, at least nbytes], in their order."""

@@ -51,6 +51,29 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
   m.def("quant_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr codes, ptr scales, int bits, int block, int64_t where) {
     run(QuantDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint8_t>(codes), at<float>(scales), bits, block}, where);
   }, Free());
+  m.def("ternary_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr codes, ptr scales, int block, bool stochastic,
+                              uint64_t seed, uint32_t step, uint32_t stream, int64_t where) {
+    run(TernaryEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint8_t>(codes), at<float>(scales), block,
+                      stochastic, seed, step, stream}, where);
+  }, Free());
+  m.def("ternary_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr codes, ptr scales, int block, int64_t where) {
+    run(TernaryDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint8_t>(codes), at<float>(scales), block}, where);
+  }, Free());
+  m.def("sign_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr signs, ptr scales, int block, int64_t where) {
+    run(SignEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint8_t>(signs), at<float>(scales), block}, where);
+  }, Free());
+  m.def("sign_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr signs, ptr scales, int block, int64_t where) {
+    run(SignDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint8_t>(signs), at<float>(scales), block}, where);
+  }, Free());
+  m.def("hadamard_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr rotated, int64_t where) {
+    run(HadamardEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(rotated)}, where);
+  }, Free());
+  m.def("hadamard_keep", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr rotated, int64_t where) {
+    run(HadamardKeep{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(rotated)}, where);
+  }, Free());
+  m.def("hadamard_decode", [=](ptr out, int dtype, float weight, int64_t n, ptr rotated, int64_t where) {
+    run(HadamardDecode{at<void>(out), dtype, weight, n, at<float>(rotated)}, where);
+  }, Free());
   m.def("topk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, ptr workspace,
                            int64_t workspace_bytes, int64_t where) {
     run(TopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,

@@ -79,7 +79,8 @@ struct FloatDecodeSum {
 
 struct QuantEncode {
   Input in;
-  uint8_t* codes;  // 8 bits: int8 [n]. 4 bits: [ceil(n / 2)], the even element in the low nibble, stored as q + 8
+  uint8_t* codes;  // 8 bits: int8 [n]. 4 bits: [ceil(n / 2)], the even element in the low nibble, stored as q + 8.
+                   // 2 bits: [ceil(n / 4)], the first element lowest, stored as q + 1
   float* scales;   // [ceil(n / block)]
   int bits, block;
   bool stochastic;
@@ -91,6 +92,51 @@ struct QuantDecodeSum {
   const uint8_t* codes;
   const float* scales;
   int bits, block;
+};
+
+struct TernaryEncode {
+  Input in;
+  uint8_t* codes;  // [ceil(n / block) * m], m = block / 5: byte j of a block holds its elements j + i m as the sum of 3^i (q + 1)
+  float* scales;   // [ceil(n / block)]
+  int block;       // 5 times a power of two from 8 to 256
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step, stream;
+};
+struct TernaryDecodeSum {
+  Output out;
+  const uint8_t* codes;
+  const float* scales;
+  int block;
+};
+
+struct SignEncode {
+  Input in;
+  uint8_t* signs;  // [ceil(n / 8)], the first element lowest, 1 where it is negative
+  float* scales;   // [ceil(n / block)]
+  int block;
+};
+struct SignDecodeSum {
+  Output out;
+  const uint8_t* signs;
+  const float* scales;
+  int block;
+};
+
+struct HadamardEncode {  // rotated <- H D acc
+  Input in;
+  float* rotated;  // [n]
+};
+struct HadamardKeep {  // residual <- (acc - D H rotated) / loss_scale
+  Input in;
+  const float* rotated;
+};
+struct HadamardDecode {  // out <- weight * D H rotated
+  void* out;
+  int dtype;
+  float weight;
+  int64_t n;
+  const float* rotated;
 };
 
 struct TopkEncode {
@@ -120,5 +166,6 @@ struct SparseAdd {  // residual[selected] += values / loss_scale
 };
 
 constexpr int64_t kTile = 65536;
+constexpr int kStretch = 128;  // elements that are rotated together
 
 }  // namespace commopt

@@ -20,6 +20,32 @@ def block_tile(n, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
+def packed_tile(n, chunk, PER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The bytes that hold the elements of block_tile, PER to a byte, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = chunk * (WIDTH // PER) + tl.arange(0, WIDTH // PER)
+    at = row[:, None] * (BLOCK // PER) + column[None, :]
+    inside = PER * at < n
+    if BLOCK % WIDTH != 0:
+        inside = inside & (PER * column < BLOCK)[None, :]
+    return at, inside
+
+
+@triton.jit
+def pack(codes, PER: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Bytes [ROWS, WIDTH / PER] of the codes [ROWS, WIDTH], the first one lowest."""
+    shifts = (tl.arange(0, PER) * (8 // PER))[None, None, :]
+    return tl.sum(tl.reshape(codes, (ROWS, WIDTH // PER, PER)) << shifts, 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack(packed, PER: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The codes [ROWS, WIDTH] of bytes [ROWS, WIDTH / PER], int32."""
+    shifts = (tl.arange(0, PER) * (8 // PER))[None, None, :]
+    return tl.reshape(packed.to(tl.int32)[:, :, None] >> shifts & ((1 << (8 // PER)) - 1), (ROWS, WIDTH))
+
+
+@triton.jit
 def block_absmax(
     x, residual, loss_scale, n, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
 ):

@@ -4,9 +4,9 @@ reverse. ELEMENT and SCALING are those of csrc/ops.h."""
 import triton
 import triton.language as tl
 
-from .blocks import block_absmax, block_tile
+from .blocks import block_absmax, block_tile, pack, packed_tile, unpack
 from .codec import NAN, NON_FINITE, accumulate, bits_of, canonical, float_of, keep, magnitude, narrow
-from .quant import nibble_tile, philox
+from .quant import philox
 
 E4M3 = tl.constexpr(0)
 E5M2 = tl.constexpr(1)
@@ -109,9 +109,8 @@ def load_scale(scales, whole, n, SCALING: tl.constexpr, BLOCK: tl.constexpr, ROW
 def load_small(codes, n, chunk, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Values of the elements of block_tile without their scale, float32 [ROWS, WIDTH]."""
     if ELEMENT == E2M1:
-        at, inside = nibble_tile(n, chunk, BLOCK, ROWS, WIDTH)
-        pair = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-        code = tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, WIDTH))
+        at, inside = packed_tile(n, chunk, 2, BLOCK, ROWS, WIDTH)
+        code = unpack(tl.load(codes + at, mask=inside, other=0), 2, ROWS, WIDTH)
     else:
         at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
         code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
@@ -121,9 +120,8 @@ def load_small(codes, n, chunk, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, ROWS
 @triton.jit
 def store_small(codes, code, n, chunk, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     if ELEMENT == E2M1:
-        at, inside = nibble_tile(n, chunk, BLOCK, ROWS, WIDTH)
-        even, odd = tl.split(tl.reshape(code, (ROWS, WIDTH // 2, 2)))
-        tl.store(codes + at, (even | (odd << 4)).to(tl.uint8), mask=inside)
+        at, inside = packed_tile(n, chunk, 2, BLOCK, ROWS, WIDTH)
+        tl.store(codes + at, pack(code, 2, ROWS, WIDTH), mask=inside)
     else:
         at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
         tl.store(codes + at, code.to(tl.uint8), mask=inside)

@@ -1,9 +1,9 @@
-"""8 or 4 bits a value with a scale per block. Encode reads 8 and writes 4 + BITS / 8 bytes a value, decode the reverse."""
+"""8, 4 or 2 bits a value with a scale per block. Encode reads 8 and writes 4 + BITS / 8 bytes a value, decode the reverse."""
 
 import triton
 import triton.language as tl
 
-from .blocks import block_absmax, block_tile, load_scales, store_scales
+from .blocks import block_absmax, block_tile, load_scales, pack, packed_tile, store_scales, unpack
 from .codec import NON_FINITE, accumulate, float_of, keep, narrow, nearest
 
 
@@ -23,27 +23,15 @@ def philox(seed_low, seed_high, step, stream, chunk, BLOCK: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def nibble_tile(n, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The bytes that hold the elements of block_tile, two to a byte, and which of them exist."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = chunk * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
-    at = row[:, None] * (BLOCK // 2) + column[None, :]
-    inside = 2 * at < n
-    if BLOCK % WIDTH != 0:
-        inside = inside & (2 * column < BLOCK)[None, :]
-    return at, inside
-
-
-@triton.jit
 def load_codes(codes, n, chunk, BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """q of the elements of block_tile, float32 [ROWS, WIDTH]."""
     if BITS == 8:
         at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
         return tl.load(codes + at, mask=inside, other=0).to(tl.float32)
     else:
-        at, inside = nibble_tile(n, chunk, BLOCK, ROWS, WIDTH)
-        pair = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-        return (tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, WIDTH)) - 8).to(tl.float32)
+        zero: tl.constexpr = 8 if BITS == 4 else 1
+        at, inside = packed_tile(n, chunk, 8 // BITS, BLOCK, ROWS, WIDTH)
+        return (unpack(tl.load(codes + at, mask=inside, other=0), 8 // BITS, ROWS, WIDTH) - zero).to(tl.float32)
 
 
 @triton.jit
@@ -52,9 +40,33 @@ def store_codes(codes, q, n, chunk, BITS: tl.constexpr, BLOCK: tl.constexpr, ROW
         at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
         tl.store(codes + at, q.to(tl.int32).to(tl.int8), mask=inside)
     else:
-        at, inside = nibble_tile(n, chunk, BLOCK, ROWS, WIDTH)
-        even, odd = tl.split(tl.reshape(q.to(tl.int32) + 8, (ROWS, WIDTH // 2, 2)))
-        tl.store(codes + at, (even | (odd << 4)).to(tl.uint8), mask=inside)
+        zero: tl.constexpr = 8 if BITS == 4 else 1
+        at, inside = packed_tile(n, chunk, 8 // BITS, BLOCK, ROWS, WIDTH)
+        tl.store(codes + at, pack(q.to(tl.int32) + zero, 8 // BITS, ROWS, WIDTH), mask=inside)
+
+
+@triton.jit
+def scale_of(absmax, finite, LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """What a step of each block is worth, and its reciprocal or 0."""
+    steps: tl.constexpr = 2.0 if LEVELS == 1 and not STOCHASTIC else LEVELS * 1.0
+    scale = tl.where(finite, tl.div_rn(float_of(absmax), steps), 0.0)
+    inverse = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
+    return scale, tl.where(inverse < float("inf"), inverse, 0.0)
+
+
+@triton.jit
+def rounded(
+    scaled, seed_low, seed_high, step, stream, chunk,
+    LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """q of acc / scale for the elements of block_tile, whole float32."""
+    if STOCHASTIC:
+        random = philox(seed_low, seed_high, step, stream, chunk, BLOCK, ROWS, WIDTH)
+        scaled = scaled + random.to(tl.float32) * (1.0 / 65536.0)
+    q = nearest(scaled)
+    if STOCHASTIC:
+        q = tl.where(q > scaled, q - 1.0, q)
+    return tl.where(q > LEVELS, LEVELS * 1.0, tl.where(q < -LEVELS, -LEVELS * 1.0, q))
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream"])
@@ -63,12 +75,10 @@ def quant_encode(
     BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):
-    levels: tl.constexpr = 127.0 if BITS == 8 else 7.0
+    levels: tl.constexpr = 127 if BITS == 8 else 7 if BITS == 4 else 1
     absmax, acc, kept = block_absmax(x, residual, loss_scale, n, BLOCK, ROWS, WIDTH, CHUNKS)
     finite = absmax < NON_FINITE
-    scale = tl.where(finite, tl.div_rn(float_of(absmax), levels), 0.0)
-    inverse = tl.where(scale > 0, tl.div_rn(1.0, scale), 0.0)
-    inverse = tl.where(inverse < float("inf"), inverse, 0.0)
+    scale, inverse = scale_of(absmax, finite, levels, STOCHASTIC)
     store_scales(scales, scale, finite, n, BLOCK, ROWS)
     usable = finite[:, None]
     for chunk in range(CHUNKS):
@@ -76,13 +86,7 @@ def quant_encode(
         if CHUNKS > 1:
             acc, kept = accumulate(x, residual, loss_scale, at, inside)
         scaled = tl.where(usable, acc * inverse[:, None], 0.0)
-        if STOCHASTIC:
-            random = philox(seed_low, seed_high, step, stream, chunk, BLOCK, ROWS, WIDTH)
-            scaled = scaled + random.to(tl.float32) * (1.0 / 65536.0)
-        q = nearest(scaled)
-        if STOCHASTIC:
-            q = tl.where(q > scaled, q - 1.0, q)
-        q = tl.where(q > levels, levels, tl.where(q < -levels, -levels, q))
+        q = rounded(scaled, seed_low, seed_high, step, stream, chunk, levels, STOCHASTIC, BLOCK, ROWS, WIDTH)
         store_codes(codes, q, n, chunk, BITS, BLOCK, ROWS, WIDTH)
         keep(residual, loss_scale, at, inside, acc - q * scale[:, None], usable, kept)
 

@@ -74,7 +74,7 @@ def _encode_each(encode, rows: int, n: int, kind: str, dtype: torch.dtype, resid
 
 def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=True, rows=2, loss_scale=1.0, device="cpu",
         offset=0, **options) -> dict[str, torch.Tensor]:
-    """Encodes `rows` messages and decodes their sum. op: dense, half, quant or topk; options as the ops name them."""
+    """Encodes `rows` messages and decodes their sum. op: dense, half, quant, ternary, sign, hadamard or topk; options as the ops name them."""
     scale = torch.full((1,), loss_scale, device=device)
     extra: tuple = ()
     if op == "dense":
@@ -99,10 +99,22 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
     elif op == "quant":
         bits = options["bits"]
         extra = (bits, options["block"])
-        codes = (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8)
+        codes = (-(-n * bits // 8), torch.int8 if bits == 8 else torch.uint8)
         fields = message_rows(rows, {"codes": codes, "scales": (-(-n // extra[1]), torch.float32)}, device)
         encode = lambda i, x, r: kernels.quant_encode(
             x, r, scale, fields["codes"][i], fields["scales"][i], *extra, options["stochastic"], (2**40 + 12345, 7, i + 3))
+    elif op == "ternary":
+        extra = (options["block"],)
+        blocks = -(-n // extra[0])
+        fields = message_rows(rows, {"codes": (blocks * (extra[0] // 5), torch.uint8), "scales": (blocks, torch.float32)}, device)
+        encode = lambda i, x, r: kernels.ternary_encode(
+            x, r, scale, fields["codes"][i], fields["scales"][i], *extra, options["stochastic"], (2**40 + 12345, 7, i + 3))
+    elif op == "sign":
+        extra = (options["block"],)
+        fields = message_rows(rows, {"signs": (-(-n // 8), torch.uint8), "scales": (-(-n // extra[0]), torch.float32)}, device)
+        encode = lambda i, x, r: kernels.sign_encode(x, r, scale, fields["signs"][i], fields["scales"][i], *extra)
+    elif op == "hadamard":
+        return _run_hadamard(kernels, n, kind, dtype, residual, scale, device, offset)
     else:
         k = options["k"]
         lists = {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (-(-n // 65536), torch.int64)}
@@ -121,6 +133,22 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
     return results
 
 
+def _run_hadamard(kernels, n: int, kind: str, dtype: torch.dtype, residual: bool, scale: torch.Tensor, device, offset: int):
+    """Rotates, rotates back into a gradient, and keeps what a sender of a coarser value would. Its results are no message, so
+    that one NaN is as good as another: all are named out."""
+    rotated, out = torch.zeros(n + offset, device=device)[offset:], torch.zeros(n, dtype=dtype, device=device)
+    results = {"out": out}
+
+    def encode(_, x, r) -> None:
+        kernels.hadamard_encode(x, r, scale, rotated)
+        results["out rotated"] = rotated.clone()
+        kernels.hadamard_decode(out, 0.5, rotated)
+        if r is not None:
+            kernels.hadamard_keep(x, r, scale, rotated * 0.75)
+
+    return _encode_each(encode, 1, n, kind, dtype, residual, device, offset) | results
+
+
 def variants(op: str, n: int) -> Iterator[dict]:
     """The option sets of an op that are worth running at size n."""
     if op == "dense":
@@ -132,6 +160,13 @@ def variants(op: str, n: int) -> Iterator[dict]:
             yield {"element": element, "scaling": scaling, "block": block, "stochastic": stochastic}
     elif op == "quant":
         yield from ({"bits": q, "block": b, "stochastic": s} for q in (8, 4) for b in BLOCKS for s in (False, True))
+        yield from ({"bits": 2, "block": b, "stochastic": s} for b in (64, 256) for s in (False, True))
+    elif op == "ternary":
+        yield from ({"block": b, "stochastic": s} for b in (320, 40) for s in (False, True))
+    elif op == "sign":
+        yield from ({"block": b} for b in (1024, 256, 64))
+    elif op == "hadamard":
+        yield {}
     else:
         yield from ({"k": k} for k in sorted({min(n, k) for k in (0, 1, -(-n // 100), -(-n // 10), n)}))
 
@@ -145,7 +180,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str:
             return f"{name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
         bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
         wrong = x.view(bits) != y.view(bits)
-        if name == "out":
+        if name.startswith("out"):
             wrong &= ~(x.isnan() & y.isnan())
         if wrong.any():
             at = wrong.flatten().nonzero()[0].item()

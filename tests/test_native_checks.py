@@ -22,15 +22,20 @@ def good(op: str) -> dict:
         "dense": {"values": (N, torch.bfloat16)},
         "half": {"values": (N, torch.float16), "scales": (4, torch.float32)},
         "quant": {"codes": (N, torch.int8), "scales": (4, torch.float32)},
+        "ternary": {"codes": (4 * 64, torch.uint8), "scales": (4, torch.float32)},
+        "sign": {"signs": (125, torch.uint8), "scales": (1, torch.float32)},
+        "hadamard": {"rotated": (N, torch.float32)},
         "topk": lists,
         "sparse": lists,
     }[op.split("_")[0]]
     message = message_rows(2, fields, "cpu")
-    extra = {"half": {"block": 256}, "quant": {"bits": 8, "block": 256}}.get(op.split("_")[0], {})
+    extra = {"half": {"block": 256}, "quant": {"bits": 8, "block": 256}, "ternary": {"block": 320}, "sign": {"block": 1024}}.get(op.split("_")[0], {})
     row = {name: field[0] for name, field in message.items()}
     if op.endswith("decode_sum"):
         return taken | message | extra
-    if op == "quant_encode":
+    if op == "hadamard_decode":
+        return taken | row
+    if op in ("quant_encode", "ternary_encode"):
         return given | row | extra | {"stochastic": True, "draw": (1, 2, 3)}
     if op == "topk_encode":
         return given | row | {"workspace": torch.zeros(cpu.topk_workspace(N, K), dtype=torch.uint8)}
@@ -40,6 +45,7 @@ def good(op: str) -> dict:
 
 
 OPS = ("dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum",
+       "ternary_encode", "ternary_decode_sum", "sign_encode", "sign_decode_sum", "hadamard_encode", "hadamard_keep", "hadamard_decode",
        "topk_encode", "topk_decode_sum", "sparse_add")
 TENSORS = [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, torch.Tensor)]
 
@@ -87,6 +93,17 @@ def test_more_entries_than_elements():
                   "workspace": torch.zeros(cpu.topk_workspace(N, k), dtype=torch.uint8)}
     with pytest.raises(ValueError, match="topk_encode: values holds k = 1001"):
         cpu.topk_encode(*arguments.values())
+
+
+def test_the_blocks_of_ternary_are_few():
+    for op in ("ternary_encode", "ternary_decode_sum"):
+        with pytest.raises(ValueError, match=f"{op}: block must be one of 40, 80, 160, 320, 640, 1280, got 64"):
+            getattr(cpu, op)(*(good(op) | {"block": 64}).values())
+
+
+def test_hadamard_keep_needs_a_residual():
+    with pytest.raises(ValueError, match="hadamard_keep: residual must be float32"):
+        cpu.hadamard_keep(*(good("hadamard_keep") | {"residual": None}).values())
 
 
 def test_rows_at_different_distances():
@@ -150,7 +167,7 @@ def test_hostile_lists(n, kind, isa):
 
 
 @pytest.mark.parametrize("isa", _C.cpu.isas())
-@pytest.mark.parametrize("op", ("dense", "half", "quant"))
+@pytest.mark.parametrize("op", ("dense", "half", "quant", "quant2", "ternary", "sign"))
 def test_hostile_values(op, isa):
     before = _C.cpu.isa()
     try:
@@ -161,15 +178,18 @@ def test_hostile_values(op, isa):
                 "dense": {"values": (n, dtype)},
                 "half": {"values": (n, torch.float16), "scales": (-(-n // 64), torch.float32)},
                 "quant": {"codes": (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8), "scales": (-(-n // 64), torch.float32)},
+                "quant2": {"codes": (-(-n // 4), torch.uint8), "scales": (-(-n // 64), torch.float32)},
+                "ternary": {"codes": (-(-n // 320) * 64, torch.uint8), "scales": (-(-n // 320), torch.float32)},
+                "sign": {"signs": (-(-n // 8), torch.uint8), "scales": (-(-n // 64), torch.float32)},
             }[op]
             fields = message_rows(3, shapes, "cpu")
             for name, (count, field_dtype) in shapes.items():
                 fields[name].copy_(hostile(field_dtype, 3, count, g))
-            extra = {"dense": (), "half": (64,), "quant": (bits, 64)}[op]
+            extra = {"dense": (), "half": (64,), "quant": (bits, 64), "quant2": (2, 64), "ternary": (320,), "sign": (64,)}[op]
             buffers = []
             for backend in (reference, cpu):
                 buffer, out = guarded(n, torch.float32)
-                getattr(backend, f"{op}_decode_sum")(out, -0.3, *fields.values(), *extra)
+                getattr(backend, f"{op.strip('2')}_decode_sum")(out, -0.3, *fields.values(), *extra)
                 buffers.append({"out": buffer})
             wrong = difference(*buffers)
             assert not wrong, f"n={n} {dtype} {bits}: {wrong}"

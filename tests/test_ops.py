@@ -15,7 +15,7 @@ _C = pytest.importorskip("commopt._C", reason="the native kernels are not built"
 from commopt.backends import cpu, reference  # noqa: E402
 
 ISAS = _C.cpu.isas()
-OPS = ("dense", "half", "quant", "topk")
+OPS = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk")
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,9 @@ def test_rows(op, rows):
 @pytest.mark.parametrize("block", (8, 24, 200, 2048))
 def test_any_multiple_of_eight_is_a_block(block):
     for n in (1, 7, 199, 4096, 70_001):
-        for bits, stochastic in itertools.product((8, 4), (False, True)):
+        for bits, stochastic in itertools.product((8, 4, 2), (False, True)):
             same("quant", n, "heavy", torch.float32, threads=(1, 3), bits=bits, block=block, stochastic=stochastic)
+        same("sign", n, "heavy", torch.float32, threads=(1, 3), block=block)
         same("half", n, "heavy", torch.float32, threads=(1, 3), block=block)
 
 

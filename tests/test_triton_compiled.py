@@ -91,6 +91,10 @@ else:
         op_cases.run(ops, "half", n, "normal", torch.float32, block=1024)
         op_cases.run(ops, "quant", n, "normal", torch.bfloat16, bits=8, block=256, stochastic=False)
         op_cases.run(ops, "quant", n, "normal", torch.float32, bits=4, block=128, stochastic=True)
+        op_cases.run(ops, "quant", n, "normal", torch.float32, bits=2, block=64, stochastic=False)
+        op_cases.run(ops, "ternary", n, "normal", torch.float32, block=320, stochastic=True)
+        op_cases.run(ops, "sign", n, "normal", torch.bfloat16, block=1024)
+        op_cases.run(ops, "hadamard", n, "normal", torch.float32)
         op_cases.run(ops, "topk", 65536 + n, "normal", torch.float32, k=64)
 
     def every_way(ops) -> None:
@@ -98,7 +102,8 @@ else:
         op_cases.run(ops, "topk", 1, "normal", torch.float16, k=1, rows=1, offset=1)
         for op, options in [
             ("dense", {"values": torch.float32}), ("half", {"block": 8}), ("quant", {"bits": 4, "block": 24, "stochastic": False}),
-            ("quant", {"bits": 8, "block": 5000, "stochastic": True}),
+            ("quant", {"bits": 8, "block": 5000, "stochastic": True}), ("ternary", {"block": 1280, "stochastic": False}),
+            ("sign", {"block": 24}), ("hadamard", {}),
         ]:
             op_cases.run(ops, op, 5003, "normal", torch.float16, residual=False, offset=1, rows=1, **options)
 
@@ -108,8 +113,8 @@ else:
 
     def test_every_kernel_is_compiled_here(monkeypatch):
         launched = {kernel.__name__ for kernel, _, _ in recorded(every_kernel, monkeypatch)}
-        methods = [getattr(kernels, name) for name in ("dense", "half", "quant", "topk")]
-        defined = {name for m in methods for name in vars(m) if re.fullmatch(r"(dense|half|quant|topk|sparse)_\w+", name)}
+        methods = [getattr(kernels, name) for name in ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk")]
+        defined = {name for m in methods for name in vars(m) if re.fullmatch(r"(dense|half|quant|ternary|sign|hadamard|topk|sparse)_\w+", name)}
         assert launched == defined
 
     def test_other_ways_to_launch(monkeypatch):

@@ -44,7 +44,7 @@ else:
         }
 
     @pytest.mark.parametrize("n", [n for n in op_cases.SIZES if n not in (255, 256, 4096)])
-    @pytest.mark.parametrize("op, at_once", [("dense", 1), ("half", 1), ("quant", 2), ("topk", 1)])
+    @pytest.mark.parametrize("op, at_once", [("dense", 1), ("half", 1), ("quant", 2), ("ternary", 1), ("sign", 1), ("hadamard", 1), ("topk", 1)])
     def test_sizes_and_values(op, at_once, n):
         options = itertools.cycle(op_cases.variants(op, n))
         kinds = op_cases.VALUES
@@ -59,6 +59,10 @@ else:
         ("half", 65536, "heavy", {"block": 1024}),
         ("quant", 65537, "heavy", {"bits": 8, "block": 256, "stochastic": True}),
         ("quant", 65535, "normal", {"bits": 4, "block": 128, "stochastic": True}),
+        ("quant", 65537, "heavy", {"bits": 2, "block": 64, "stochastic": True}),
+        ("ternary", 65537, "heavy", {"block": 320, "stochastic": True}),
+        ("sign", 65535, "heavy", {"block": 1024}),
+        ("hadamard", 65535, "heavy", {}),
         ("topk", 9001, "equal", {"k": 8999}),
         ("topk", 65537, "few", {"k": 30_000}),
         ("topk", 131_073, "nan", {"k": 2001}),
@@ -69,7 +73,8 @@ else:
     @pytest.mark.parametrize("block, n", [(8, 1003), (24, 1003), (1000, 5003), (4096, 9001), (9000, 10_007)])
     def test_any_block(block, n):
         compare("half", n, "heavy", torch.float32, block=block)
-        for bits, stochastic in [(8, False), (4, True)]:
+        compare("sign", n, "heavy", torch.bfloat16, block=block)
+        for bits, stochastic in [(8, False), (4, True), (2, False)]:
             compare("quant", n, "heavy", torch.bfloat16, bits=bits, block=block, stochastic=stochastic)
 
     @pytest.mark.parametrize("draw", [(0, 0, 0), (2**64 - 1, 2**32 - 1, 2**31), (2**31, 1, 16)])

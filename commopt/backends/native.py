@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .reference import TILE
+from .reference import TERNARY_BLOCKS, TILE
 
 GRADIENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/ops.h
 _DENSE = (torch.float32, torch.bfloat16)
@@ -75,10 +75,16 @@ class Checker:
 
 
 def code_count(n: int, bits: int) -> int:
-    return n if bits == 8 else -(-n // 2)
+    return -(-n * bits // 8)
 
 
-_CODES = {8: torch.int8, 4: torch.uint8}
+_CODES = {8: torch.int8, 4: torch.uint8, 2: torch.uint8}
+
+
+def ternary_blocks(op: str, n: int, block: int) -> int:
+    if block not in TERNARY_BLOCKS:
+        raise ValueError(f"{op}: block must be one of {', '.join(map(str, TERNARY_BLOCKS))}, got {block}")
+    return -(-n // block)
 
 
 def _format_of(c: Checker, whole, element: str, scaling: str) -> tuple[int, int, torch.dtype, int]:
@@ -161,6 +167,51 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         q = c.field("codes", codes, _CODES[bits], given[4], code_count(out.numel(), bits), given[5])
         s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
         module.quant_decode_sum(*given, q, s, bits, block, where(out.device))
+
+    def ternary_encode(x, residual, loss_scale, codes, scales, block, stochastic, draw) -> None:
+        c = checker("ternary_encode")
+        given, blocks = c.input(x, residual, loss_scale), ternary_blocks(c.op, x.numel(), block)
+        q = c.tensor("codes", codes, torch.uint8, (blocks * (block // 5),))
+        s = c.tensor("scales", scales, torch.float32, (blocks,))
+        module.ternary_encode(*given, q, s, block, stochastic, *draw, where(x.device))
+
+    def ternary_decode_sum(out, weight, codes, scales, block) -> None:
+        c = checker("ternary_decode_sum")
+        given, blocks = c.output(out, weight, codes), ternary_blocks(c.op, out.numel(), block)
+        q = c.field("codes", codes, torch.uint8, given[4], blocks * (block // 5), given[5])
+        s = c.field("scales", scales, torch.float32, given[4], blocks, given[5])
+        module.ternary_decode_sum(*given, q, s, block, where(out.device))
+
+    def sign_encode(x, residual, loss_scale, signs, scales, block) -> None:
+        c = checker("sign_encode")
+        given = c.input(x, residual, loss_scale)
+        q = c.tensor("signs", signs, torch.uint8, (-(-x.numel() // 8),))
+        s = c.tensor("scales", scales, torch.float32, (-(-x.numel() // block),))
+        module.sign_encode(*given, q, s, block, where(x.device))
+
+    def sign_decode_sum(out, weight, signs, scales, block) -> None:
+        c = checker("sign_decode_sum")
+        given = c.output(out, weight, signs)
+        q = c.field("signs", signs, torch.uint8, given[4], -(-out.numel() // 8), given[5])
+        s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
+        module.sign_decode_sum(*given, q, s, block, where(out.device))
+
+    def hadamard_encode(x, residual, loss_scale, rotated) -> None:
+        c = checker("hadamard_encode")
+        given = c.input(x, residual, loss_scale)
+        module.hadamard_encode(*given, c.tensor("rotated", rotated, torch.float32, (x.numel(),)), where(x.device))
+
+    def hadamard_keep(x, residual, loss_scale, rotated) -> None:
+        c = checker("hadamard_keep")
+        c.tensor("residual", residual, torch.float32, (None,))  # not optional here
+        given = c.input(x, residual, loss_scale)
+        module.hadamard_keep(*given, c.tensor("rotated", rotated, torch.float32, (x.numel(),)), where(x.device))
+
+    def hadamard_decode(out, weight, rotated) -> None:
+        c = checker("hadamard_decode")
+        address = c.tensor("out", out, GRADIENT, (None,))
+        values = c.tensor("rotated", rotated, torch.float32, (out.numel(),))
+        module.hadamard_decode(address, GRADIENT[out.dtype], float(weight), out.numel(), values, where(out.device))
 
     def topk_encode(x, residual, loss_scale, values, index, starts, workspace) -> None:
         c = checker("topk_encode")

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import torch
 import triton
 
-from ..kernels import dense, half, quant, topk
-from ..kernels import floats
+from ..kernels import dense, floats, half, hadamard, quant, sign, ternary, topk
 from .native import bind
 
 _TILE = 4096  # elements of one program, 16 to a thread
@@ -97,6 +96,61 @@ def quant_decode_sum(out, _, weight, n, rows, stride, codes, scales, bits, block
     programs, tiling = _tiling("quant_decode_sum", n, block)
     strides = codes.stride(0), scales.stride(0)
     _launch(device, quant.quant_decode_sum, programs, out, weight, codes, scales, rows, *strides, n, BITS=bits, **tiling)
+
+
+def _ternary_tiling(n: int, block: int) -> tuple[int, dict[str, int]]:
+    """As _tiling: five pieces to a block."""
+    width = block // 5
+    rows = _TILE // 2 // width
+    return triton.cdiv(n, block * rows), {"BLOCK": block, "ROWS": rows, "WIDTH": width, "CHUNKS": 5}
+
+
+def ternary_encode(x, _, residual, loss_scale, n, codes, scales, block, stochastic, seed, step, stream, device):
+    programs, tiling = _ternary_tiling(n, block)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    _launch(
+        device, ternary.ternary_encode, programs, x, residual, loss_scale, codes, scales, *draw, n,
+        STOCHASTIC=bool(stochastic), **tiling,
+    )
+
+
+def ternary_decode_sum(out, _, weight, n, rows, stride, codes, scales, block, device):
+    programs, tiling = _ternary_tiling(n, block)
+    strides = codes.stride(0), scales.stride(0)
+    _launch(device, ternary.ternary_decode_sum, programs, out, weight, codes, scales, rows, *strides, n, **tiling)
+
+
+def _sign_tiling(op: str, n: int, block: int) -> tuple[int, dict[str, int]]:
+    """As _tiling: pieces of 128, the number of partial sums, of several blocks side by side."""
+    _tiling(op, n, block)
+    rows = 16
+    return triton.cdiv(n, block * rows), {"BLOCK": block, "ROWS": rows, "WIDTH": 128, "CHUNKS": triton.cdiv(block, 128)}
+
+
+def sign_encode(x, _, residual, loss_scale, n, signs, scales, block, device):
+    programs, tiling = _sign_tiling("sign_encode", n, block)
+    _launch(device, sign.sign_encode, programs, x, residual, loss_scale, signs, scales, n, **tiling)
+
+
+def sign_decode_sum(out, _, weight, n, rows, stride, signs, scales, block, device):
+    programs, tiling = _sign_tiling("sign_decode_sum", n, block)
+    strides = signs.stride(0), scales.stride(0)
+    _launch(device, sign.sign_decode_sum, programs, out, weight, signs, scales, rows, *strides, n, **tiling)
+
+
+_STRETCHES = 16  # of 128 elements, to a program that rotates them
+
+
+def hadamard_encode(x, _, residual, loss_scale, n, rotated, device):
+    _launch(device, hadamard.hadamard_encode, triton.cdiv(n, 128 * _STRETCHES), x, residual, loss_scale, rotated, n, ROWS=_STRETCHES)
+
+
+def hadamard_keep(x, _, residual, loss_scale, n, rotated, device):
+    _launch(device, hadamard.hadamard_keep, triton.cdiv(n, 128 * _STRETCHES), x, residual, loss_scale, rotated, n, ROWS=_STRETCHES)
+
+
+def hadamard_decode(out, _, weight, n, rotated, device):
+    _launch(device, hadamard.hadamard_decode, triton.cdiv(n, 128 * _STRETCHES), out, weight, rotated, n, ROWS=_STRETCHES)
 
 
 def topk_workspace(n: int, k: int) -> int:

@@ -8,7 +8,9 @@ from .fp8 import FP8
 from .mx import MXFP4, MXFP8
 from .natural import Natural
 from .nvfp4 import NVFP4
-from .quantize import Int4, Int8
+from .quantize import Int2, Int4, Int8
+from .ternary import Ternary
+from .sign import Sign
 from .topk import TopK
 from .powersgd import PowerSGD
 from .dct import DCT

@@ -22,6 +22,8 @@ class Compressor:
     message), "two_shot" (shards are summed by their owner, who sends the compressed sum to all) or "rounds" (what is sent
     depends on a mean that came before: such a method has `rounds` and `average` in place of encode and decode_sum).
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
+    `keeps_zero` is whether a zero without a residual is decoded as zero; where not, the exact parameters inside a part,
+    zeros to the compressor, would gather a residual, and the plan clears it.
     `witness` names the field that holds a NaN or an infinity exactly when the gradient did, for `finite` to look at.
     `uses` are the specs that its users want, and when: {spec: a few words}.
     `slots` is how many float32 values it keeps for each gradient value: 1 is the residual; with more, what encode gets as
@@ -31,6 +33,7 @@ class Compressor:
     name: ClassVar[str]
     collective: ClassVar[str]
     biased: ClassVar[bool] = True
+    keeps_zero: ClassVar[bool] = True
     witness: ClassVar[str] = "values"
     uses: ClassVar[dict[str, str]] = {}
     slots: ClassVar[int] = 1

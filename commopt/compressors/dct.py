@@ -24,7 +24,7 @@ class DCT(Compressor):
     so their processors and builds of torch must not differ.
     """
 
-    collective = "gather"
+    collective, keeps_zero = "gather", False
     uses = {"dct:chunk=64,k=8": "smooth gradients; an example of a method in one file"}
 
     chunk: int = 64

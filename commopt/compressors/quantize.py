@@ -3,6 +3,7 @@ from typing import ClassVar, Literal
 import torch
 
 from .base import Compressor, register
+from .rotation import rotatable
 
 
 class _Integers(Compressor):
@@ -30,7 +31,7 @@ class _Integers(Compressor):
         return self.rounding == "nearest"
 
     def fields(self, n):
-        codes = ("codes", torch.int8, n) if self.bits == 8 else ("codes", torch.uint8, -(-n // 2))
+        codes = ("codes", torch.int8, n) if self.bits == 8 else ("codes", torch.uint8, -(-n * self.bits // 8))
         return [codes, ("scales", torch.float32, -(-n // self.block))]
 
     def encode(self, kernels, x, residual, codes, scales):
@@ -53,11 +54,32 @@ class Int8(_Integers):
 
 
 @register("int4")
+@rotatable
 class Int4(_Integers):
     __doc__ = "4-bit integers, L = 7, two to a byte; 1/2 + 4/block bytes per value.\n\n    " + _Integers.__doc__
     bits = 4
-    uses = {"int4": "slow links"}
+    uses = {"int4": "slow links", "int4:rotate=hadamard": "the same, for gradients with outliers"}
 
     block: int = 128
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    rotate: Literal["none", "hadamard"] = "none"
+    ef: bool = True
+
+
+@register("int2")
+@rotatable
+class Int2(_Integers):
+    __doc__ = """2-bit integers, L = 1, stored as q + 1, four to a byte; 1/4 + 4/block bytes per value.
+
+    rounding=nearest has s = max |block| / 2, and what is larger than 3/2 s goes to s too: |decoded - x| <= s, and
+    |decoded - x|^2 <= |x|^2 - 3/4 max^2 summed over a block, a contraction. With s = max |block| most values would round to
+    zero: over blocks of 64 normal values that loses 52 % of the energy, this 20 %, of which error feedback keeps 24 %.
+
+    """ + _Integers.__doc__
+    bits = 2
+    uses = {"int2": "very slow links, any number of ranks"}
+
+    block: int = 64
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rotate: Literal["none", "hadamard"] = "none"
     ef: bool = True

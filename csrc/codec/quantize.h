@@ -1,18 +1,25 @@
-// One value of a block to an integer code and back. A block shares the scale absmax / levels.
+// One value of a block to an integer code and back. A block shares the scale absmax / steps.
 #pragma once
 #include "bits.h"
 
 namespace {
 
-// scale: what one level is worth. inverse: its reciprocal, or 0 where that would be infinite; the codes are then 0
+// Codes of fewer than 8 bits are stored as q + zero_of(bits).
+CODEC constexpr int levels_of(int bits) { return bits == 8 ? 127 : bits == 4 ? 7 : 1; }
+CODEC constexpr int zero_of(int bits) { return bits == 8 ? 0 : bits == 4 ? 8 : 1; }
+
+// How many steps absmax is. With one level to nearest it is 2: what is larger saturates, but far less rounds to zero.
+CODEC constexpr int steps_of(int levels, bool stochastic) { return levels == 1 && !stochastic ? 2 : levels; }
+
+// scale: what one step is worth. inverse: its reciprocal, or 0 where that would be infinite; the codes are then 0
 // and the residual keeps everything. A block with an infinity or a NaN gets a NaN scale and is seen by every rank.
 struct BlockScale {
   float scale, inverse;
 };
 
-CODEC BlockScale block_scale(uint32_t absmax, float levels) {
+CODEC BlockScale block_scale(uint32_t absmax, float steps) {
   if (absmax >= kNonFinite) return {float_of(kNaN), 0.0f};
-  float scale = divide(float_of(absmax), levels);
+  float scale = divide(float_of(absmax), steps);
   float inverse = scale > 0.0f ? divide(1.0f, scale) : 0.0f;
   return {scale, magnitude(inverse) >= kNonFinite ? 0.0f : inverse};
 }

@@ -72,6 +72,27 @@ void run(const QuantEncode& op, int threads) {
 void run(const QuantDecodeSum& op, int threads) {
   split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_decode_sum(op, begin, end); });
 }
+void run(const TernaryEncode& op, int threads) {
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->ternary_encode(op, begin, end); });
+}
+void run(const TernaryDecodeSum& op, int threads) {
+  split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->ternary_decode_sum(op, begin, end); });
+}
+void run(const SignEncode& op, int threads) {
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->sign_encode(op, begin, end); });
+}
+void run(const SignDecodeSum& op, int threads) {
+  split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->sign_decode_sum(op, begin, end); });
+}
+void run(const HadamardEncode& op, int threads) {
+  split(op.in.n, kStretch, threads, [&](int64_t begin, int64_t end) { chosen->hadamard_encode(op, begin, end); });
+}
+void run(const HadamardKeep& op, int threads) {
+  split(op.in.n, kStretch, threads, [&](int64_t begin, int64_t end) { chosen->hadamard_keep(op, begin, end); });
+}
+void run(const HadamardDecode& op, int threads) {
+  split(op.n, kStretch, threads, [&](int64_t begin, int64_t end) { chosen->hadamard_decode(op, begin, end); });
+}
 void run(const TopkEncode& op, int threads) {
   topk_encode(*chosen, op, (int)std::max<int64_t>(1, std::min<int64_t>(threads, op.in.n / kWorthwhile)));
 }

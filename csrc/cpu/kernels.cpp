@@ -9,6 +9,9 @@
 #include "half.h"
 #include "floats.h"
 #include "quant.h"
+#include "ternary.h"
+#include "sign.h"
+#include "hadamard.h"
 #include "topk.h"
 
 namespace commopt::cpu {
@@ -21,7 +24,9 @@ namespace commopt::cpu {
 const Table COMMOPT_JOIN(table_, COMMOPT_ISA) = {
     COMMOPT_TEXT(COMMOPT_ISA), dense_encode, dense_decode_sum, half_encode, half_decode_sum,
     absmax, float_encode, float_decode_sum,
-    quant_encode, quant_decode_sum, topk_scan, topk_keys, topk_emit, topk_decode_sum, axpy,
+    quant_encode, quant_decode_sum, ternary_encode, ternary_decode_sum, sign_encode, sign_decode_sum,
+    hadamard_encode, hadamard_keep, hadamard_decode,
+    topk_scan, topk_keys, topk_emit, topk_decode_sum, axpy,
 };
 
 }  // namespace commopt::cpu

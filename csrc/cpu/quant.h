@@ -1,4 +1,4 @@
-// Integer codes of 8 or 4 bits that share a scale per block.
+// Integer codes of 8, 4 or 2 bits that share a scale per block.
 #pragma once
 #include "../codec/philox.h"
 #include "../codec/quantize.h"
@@ -8,6 +8,7 @@
 
 namespace {
 
+using commopt::Input;
 using commopt::QuantDecodeSum;
 using commopt::QuantEncode;
 
@@ -16,21 +17,22 @@ using commopt::QuantEncode;
 // What does not depend on the low word of the group is worked out once: of the first two rounds one product each is left.
 constexpr int kDrawn = 256;  // elements at once; enough independent vectors that none waits for its own products
 struct Drawer {
-  const QuantEncode& op;
+  uint64_t seed;
+  uint32_t step, stream;
   Lanes order, key[7][2], first_high, first_low, second_high;
   uint64_t group_high;
 
-  Drawer(const QuantEncode& op, int64_t begin) : op(op), group_high((uint64_t)begin / 8 >> 32) {
+  template <class Op> Drawer(const Op& op, int64_t begin) : seed(op.seed), step(op.step), stream(op.stream), group_high((uint64_t)begin / 8 >> 32) {
     uint64_t lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = (uint64_t)(lane / 2 + (lane & 1) * (kLanes / 2));
     order = load(lanes);
-    uint32_t k0 = (uint32_t)op.seed, k1 = (uint32_t)(op.seed >> 32);
-    const uint64_t p1 = (uint64_t)0xCD9E8D57u * op.step;
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    const uint64_t p1 = (uint64_t)0xCD9E8D57u * step;
     const uint32_t c0 = (uint32_t)(p1 >> 32) ^ (uint32_t)group_high ^ k0;
     const uint64_t p0 = (uint64_t)0xD2511F53u * c0;
     for (int round = 0; round < 7; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
       key[round][0] = all(k0), key[round][1] = all(k1);
-      if (round == 0) first_high = all(op.stream ^ k1);
+      if (round == 0) first_high = all(stream ^ k1);
       if (round == 1) second_high = all((uint32_t)p1 ^ k0), first_low = all((uint32_t)(p0 >> 32) ^ k1);
       if (round == 2) key[2][1] = all((uint32_t)p0 ^ k1);
     }
@@ -64,7 +66,7 @@ struct Drawer {
   CODEC void operator()(int64_t first, int64_t count, uint16_t* random) const {
     constexpr int kVectors = kLanes >= 8 ? 4 : 2, kStep = kVectors * kLanes * 8;
     if ((uint64_t)(first + kDrawn) / 8 >> 32 != group_high) {
-      for (int64_t i = 0; i < count; ++i) random[i] = (uint16_t)philox16(philox(op.seed, op.step, op.stream, (uint64_t)(first + i) / 8), (int)((first + i) & 7));
+      for (int64_t i = 0; i < count; ++i) random[i] = (uint16_t)philox16(philox(seed, step, stream, (uint64_t)(first + i) / 8), (int)((first + i) & 7));
       return;
     }
     int64_t at = 0;
@@ -74,18 +76,23 @@ struct Drawer {
 };
 
 // codec/quantize.h, with the code taken from the bits of the sum that rounds: its lowest ones are the integer. Clamping
-// integers vectorizes where clamping floats does not. To nearest needs none: |acc * inverse| is below levels + 1/2.
+// integers vectorizes where clamping floats does not. To nearest needs none where absmax is `levels` steps: |acc * inverse|
+// is then below levels + 1/2.
 constexpr float kRounder = 12582912.0f;
 struct Code {
   int32_t q;
   float value;
 };
-template <bool kStochastic> CODEC Code code_of(float acc, float inverse, int levels, uint16_t random) {
+template <bool kStochastic, int kLevels> CODEC Code code_of(float acc, float inverse, uint16_t random) {
   const int32_t zero = (int32_t)bits_of(kRounder);
   float x = mul(acc, inverse);
   if (!kStochastic) {
     float rounded = add(x, kRounder);
-    return {(int32_t)bits_of(rounded) - zero, sub(rounded, kRounder)};
+    int32_t q = (int32_t)bits_of(rounded) - zero;
+    if (steps_of(kLevels, false) == kLevels) return {q, sub(rounded, kRounder)};
+    q = q < kLevels ? q : kLevels;
+    q = q > -kLevels ? q : -kLevels;
+    return {q, (float)q};
   }
 #if defined(__AVX512F__)
   // The product is exact, so that fused or not the sum is the same.
@@ -95,74 +102,104 @@ template <bool kStochastic> CODEC Code code_of(float acc, float inverse, int lev
   float rounded = add(x, kRounder);
   int32_t q = (int32_t)bits_of(rounded) - zero - (sub(rounded, kRounder) > x ? 1 : 0);
 #endif
-  q = q < levels ? q : levels;
-  q = q > -levels ? q : -levels;
+  q = q < kLevels ? q : kLevels;
+  q = q > -kLevels ? q : -kLevels;
   return {q, (float)q};
 }
 
-// Codes and residual of up to kDrawn elements of one block.
-template <class X, bool kResidual, int kBits, bool kStochastic>
-CODEC void quant_encode_run(const QuantEncode& op, const Drawer& draw, BlockScale shared, float scale, float unscale, int64_t first, int64_t end) {
-  constexpr int levels = kBits == 8 ? 127 : 7;
-  const typename X::Stored* __restrict x = (const typename X::Stored*)op.in.x;
-  float* __restrict residual = op.in.residual;
-  uint8_t* __restrict codes = op.codes;
+// The codes of up to kDrawn elements of one block, as q + kZero in a byte each from `q` on, and their residual.
+template <class X, bool kResidual, int kLevels, int kZero, bool kStochastic>
+CODEC void quantize_run(const Input& in, const Drawer& draw, BlockScale shared, float scale, float unscale, int64_t first, int64_t end,
+                        uint8_t* __restrict q) {
+  const typename X::Stored* __restrict x = (const typename X::Stored*)in.x;
+  float* __restrict residual = in.residual;
   alignas(64) uint16_t random[kDrawn];
-  alignas(64) uint8_t q[kDrawn + 64];
   if (kStochastic) draw(first, end - first, random);
   strips(first, end, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
       float acc = acc_of<X, kResidual>(x[at + i], residual, at + i, scale);
-      Code code = code_of<kStochastic>(acc, shared.inverse, levels, kStochastic ? random[at - first + i] : 0);
-      if (kBits == 8) codes[at + i] = (uint8_t)code.q;
-      else q[at - first + i] = (uint8_t)(code.q + 8);
+      Code code = code_of<kStochastic, kLevels>(acc, shared.inverse, kStochastic ? random[at - first + i] : 0);
+      q[at - first + i] = (uint8_t)(code.q + kZero);
       if (kResidual) residual[at + i] = mul(sub(acc, mul(code.value, shared.scale)), unscale);
-    }
-  });
-  if (kBits == 8) return;
-  q[end - first] = 8;  // the partner of the last, where that is even
-  strips(0, (end - first + 1) / 2, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
-      uint16_t pair;
-      memcpy(&pair, q + 2 * (at + i), 2);
-      codes[first / 2 + at + i] = (uint8_t)(pair | pair >> 4);
     }
   });
 }
 
+// to <- the codes, 8 / kBits to a byte, the first one lowest. Reads whole bytes' worth.
+template <int kBits> CODEC void pack(const uint8_t* __restrict q, int64_t bytes, uint8_t* __restrict to) {
+  strips(0, bytes, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      if (kBits == 4) {
+        uint16_t pair;
+        memcpy(&pair, q + 2 * (at + i), 2);
+        to[at + i] = (uint8_t)(pair | pair >> 4);
+      } else {
+        uint32_t four;
+        memcpy(&four, q + 4 * (at + i), 4);
+        four |= four >> 6;
+        to[at + i] = (uint8_t)(four | four >> 12);
+      }
+    }
+  });
+}
+
+// body(first, stop, absmax) for the blocks of [begin, end). The maximum is taken one block ahead, so that nothing waits for
+// the way from the lanes to one maximum and through two divisions.
+template <class X, bool kResidual, class Body> CODEC void block_by_block(const Input& in, int block, int64_t begin, int64_t end, Body body) {
+  const typename X::Stored* x = (const typename X::Stored*)in.x;
+  const float scale = *in.loss_scale;
+  uint32_t next = absmax_of<X, kResidual>(x, in.residual, scale, begin, least(begin + block, end));
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t stop = least(first + block, end);
+    const uint32_t absmax = next;
+    next = absmax_of<X, kResidual>(x, in.residual, scale, stop, least(stop + block, end));
+    body(first, stop, absmax);
+  }
+}
+
 template <class X, bool kResidual, int kBits, bool kStochastic>
 void quant_encode_loop(const QuantEncode& op, int64_t begin, int64_t end) {
-  constexpr int levels = kBits == 8 ? 127 : 7;
-  const typename X::Stored* __restrict x = (const typename X::Stored*)op.in.x;
+  constexpr int levels = levels_of(kBits), zero = zero_of(kBits), per_byte = 8 / kBits;
   const float scale = *op.in.loss_scale, unscale = divide(1.0f, scale);
   const Drawer draw(op, begin);
-  // One block ahead, so that nothing waits for the way from the lanes to one maximum and through two divisions.
-  uint32_t next = absmax_of<X, kResidual>(x, op.in.residual, scale, begin, least(begin + op.block, end));
   float* scales = op.scales + begin / op.block;
-  for (int64_t first = begin; first < end; first += op.block) {
-    const int64_t stop = least(first + op.block, end);
-    const uint32_t absmax = next;
-    next = absmax_of<X, kResidual>(x, op.in.residual, scale, stop, least(stop + op.block, end));
-    const BlockScale shared = block_scale(absmax, levels);
+  block_by_block<X, kResidual>(op.in, op.block, begin, end, [&](int64_t first, int64_t stop, uint32_t absmax) __attribute__((always_inline)) {
+    const BlockScale shared = block_scale(absmax, steps_of(levels, kStochastic));
     *scales++ = shared.scale;
     if (absmax >= kNonFinite) {
-      if (kBits == 8) memset(op.codes + first, 0, (size_t)(stop - first));
-      else memset(op.codes + first / 2, 0x88, (size_t)(stop - first + 1) / 2);
-      continue;
+      memset(op.codes + first / per_byte, zero * (kBits == 8 ? 1 : kBits == 4 ? 0x11 : 0x55), (size_t)((stop - first + per_byte - 1) / per_byte));
+      return;
     }
-    for (int64_t at = first; at < stop; at += kDrawn)
-      quant_encode_run<X, kResidual, kBits, kStochastic>(op, draw, shared, scale, unscale, at, least(at + kDrawn, stop));
-  }
+    for (int64_t at = first; at < stop; at += kDrawn) {
+      const int64_t last = least(at + kDrawn, stop), count = last - at;
+      if (kBits == 8) {
+        quantize_run<X, kResidual, levels, zero, kStochastic>(op.in, draw, shared, scale, unscale, at, last, op.codes + at);
+        continue;
+      }
+      alignas(64) uint8_t q[kDrawn + 64];
+      quantize_run<X, kResidual, levels, zero, kStochastic>(op.in, draw, shared, scale, unscale, at, last, q);
+      for (int i = 0; i < per_byte - 1; ++i) q[count + i] = zero;  // fills up the last byte
+      pack<kBits>(q, (count + per_byte - 1) / per_byte, op.codes + at / per_byte);
+    }
+  });
+}
+
+template <int kBits> struct Bits { static constexpr int value = kBits; };
+template <class Body> inline void with_bits(int bits, Body body) {
+  if (bits == 8) body(Bits<8>());
+  else if (bits == 4) body(Bits<4>());
+  else body(Bits<2>());
 }
 
 void quant_encode(const QuantEncode& op, int64_t begin, int64_t end) {
   with_dtype(op.in.dtype, [&](auto x) {
     with_flag(op.in.residual != nullptr, [&](auto residual) {
       with_flag(op.stochastic, [&](auto stochastic) {
-        if (op.bits == 8) quant_encode_loop<decltype(x), decltype(residual)::value, 8, decltype(stochastic)::value>(op, begin, end);
-        else quant_encode_loop<decltype(x), decltype(residual)::value, 4, decltype(stochastic)::value>(op, begin, end);
+        with_bits(op.bits, [&](auto bits) {
+          quant_encode_loop<decltype(x), decltype(residual)::value, decltype(bits)::value, decltype(stochastic)::value>(op, begin, end);
+        });
       });
     });
   });
@@ -181,11 +218,18 @@ template <int kBits, bool kFirst> CODEC void dequantize_run(const uint8_t* codes
     }
   }
 #endif
-  uint16_t pairs[kStrip / 2 + 1];
+  // The codes of a byte, a byte each.
+  uint16_t pairs[kStrip / 2];
+  uint32_t fours[kStrip / 4];
   if (kBits == 4)
     for (int64_t j = i / 2; j < (count + 1) / 2; ++j) pairs[j] = (uint16_t)((codes[j] | codes[j] << 4) & 0x0f0f);
-  const int8_t* q = (const int8_t*)(kBits == 8 ? (const void*)codes : pairs);
-  constexpr int zero = kBits == 8 ? 0 : 8;
+  if (kBits == 2)
+    for (int64_t j = i / 4; j < (count + 3) / 4; ++j) {
+      const uint32_t twos = codes[j] | (uint32_t)codes[j] << 12;
+      fours[j] = (twos | twos << 6) & 0x03030303u;
+    }
+  const int8_t* q = (const int8_t*)(kBits == 8 ? (const void*)codes : kBits == 4 ? (const void*)pairs : fours);
+  constexpr int zero = zero_of(kBits);
   for (; i < count; ++i) {
     const float value = dequantize((float)(q[i] - zero), scale);
     sum[i] = kFirst ? value : add(sum[i], value);
@@ -199,7 +243,7 @@ template <class Out, int kBits> void quant_decode_loop(const QuantDecodeSum& op,
       float sum[kStrip];
       for (int64_t w = 0; w < op.out.rows; ++w) {
         const float scale = row(op.scales, op.out.stride, w)[block];
-        const uint8_t* codes = row(op.codes, op.out.stride, w) + (kBits == 8 ? at : at / 2);
+        const uint8_t* codes = row(op.codes, op.out.stride, w) + at * kBits / 8;
         prefetch(codes, 1);
         if (w == 0) dequantize_run<kBits, true>(codes, scale, count, sum);
         else dequantize_run<kBits, false>(codes, scale, count, sum);
@@ -211,8 +255,7 @@ template <class Out, int kBits> void quant_decode_loop(const QuantDecodeSum& op,
 
 void quant_decode_sum(const QuantDecodeSum& op, int64_t begin, int64_t end) {
   with_dtype(op.out.dtype, [&](auto out) {
-    if (op.bits == 8) quant_decode_loop<decltype(out), 8>(op, begin, end);
-    else quant_decode_loop<decltype(out), 4>(op, begin, end);
+    with_bits(op.bits, [&](auto bits) { quant_decode_loop<decltype(out), decltype(bits)::value>(op, begin, end); });
   });
 }
 

@@ -53,6 +53,13 @@ struct Table {
   void (*float_decode_sum)(const FloatDecodeSum&, int64_t begin, int64_t end);
   void (*quant_encode)(const QuantEncode&, int64_t begin, int64_t end);
   void (*quant_decode_sum)(const QuantDecodeSum&, int64_t begin, int64_t end);
+  void (*ternary_encode)(const TernaryEncode&, int64_t begin, int64_t end);
+  void (*ternary_decode_sum)(const TernaryDecodeSum&, int64_t begin, int64_t end);
+  void (*sign_encode)(const SignEncode&, int64_t begin, int64_t end);
+  void (*sign_decode_sum)(const SignDecodeSum&, int64_t begin, int64_t end);
+  void (*hadamard_encode)(const HadamardEncode&, int64_t begin, int64_t end);
+  void (*hadamard_keep)(const HadamardKeep&, int64_t begin, int64_t end);
+  void (*hadamard_decode)(const HadamardDecode&, int64_t begin, int64_t end);
   bool (*topk_scan)(const TopkScan&, TopkPart&);  // false: out of segments, part.done tells how far it came
   int64_t (*topk_keys)(const SegmentStore&, const TopkPart&, uint32_t low, uint32_t high, uint32_t* keys);  // of its candidates
   void (*topk_emit)(const TopkEmit&, const TopkPart&, int64_t position, int64_t ties);

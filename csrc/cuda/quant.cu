@@ -1,4 +1,4 @@
-// 8- and 4-bit integers with a scale per block.
+// 8-, 4- and 2-bit integers with a scale per block.
 //
 // Encode: a block owns 2048 elements, a thread a group of 8, block / 8 neighbouring threads a block of the format.
 // Bytes per value, float32 x: 4 x + 4 residual read, bits / 8 codes + 4 residual + 4 / block scale written.
@@ -9,20 +9,26 @@
 namespace commopt::cuda {
 namespace {
 
+// The bits of a whole group in one go.
+template <int BITS> struct Word;
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<4> { using type = uint32_t; };
+template <> struct Word<2> { using type = uint16_t; };
+
 // Bytes of a message that hold the first `count` codes of a group; a whole group has BITS of them, first element lowest.
-template <int BITS> CODEC int bytes_of(int count) { return BITS == 8 ? count : (count + 1) / 2; }
+template <int BITS> CODEC int bytes_of(int count) { return (count * BITS + 7) / 8; }
 
 template <int BITS> struct Quant {
-  static constexpr float kLevels = BITS == 8 ? 127.0f : 7.0f;
+  static constexpr float kLevels = levels_of(BITS);
   uint8_t* codes;
   bool aligned, stochastic;
   uint64_t seed;
   uint32_t step, stream;
 
-  __device__ __forceinline__ BlockScale scale(uint32_t absmax) const { return block_scale(absmax, kLevels); }
+  __device__ __forceinline__ BlockScale scale(uint32_t absmax) const { return block_scale(absmax, steps_of(levels_of(BITS), stochastic)); }
 
   __device__ __forceinline__ void encode(int64_t group, int count, const float (&acc)[kGroup], BlockScale s, bool usable, float (&sent)[kGroup]) const {
-    uint32_t word[BITS / 4] = {};
+    uint32_t word[2] = {};
     Philox4 random = {};
     if (stochastic) random = philox(seed, step, stream, (uint64_t)group);
 #pragma unroll
@@ -30,17 +36,14 @@ template <int BITS> struct Quant {
       float q = stochastic ? quantize_stochastic(acc[i], s.inverse, kLevels, philox16(random, i)) : quantize(acc[i], s.inverse, kLevels);
       if (!usable) q = 0.0f;
       sent[i] = dequantize(q, s.scale);
-      if (BITS == 8)
-        word[i / 4] |= ((uint32_t)(int)q & 0xffu) << (8 * (i % 4));
-      else
-        word[0] |= (uint32_t)((int)q + 8) << (4 * i);
+      uint32_t code = (uint32_t)((int)q + zero_of(BITS)) & ((1u << BITS) - 1u);
+      word[i * BITS / 32] |= code << (i * BITS % 32);
     }
     uint8_t* to = codes + group * BITS;
     if (aligned && count == kGroup) {
-      if (BITS == 8)
-        *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[BITS / 4 - 1]);
-      else
-        *reinterpret_cast<uint32_t*>(to) = word[0];
+      typename Word<BITS>::type whole;
+      memcpy(&whole, word, BITS);
+      *reinterpret_cast<typename Word<BITS>::type*>(to) = whole;
     } else {
 #pragma unroll
       for (int j = 0; j < BITS; ++j)
@@ -59,12 +62,8 @@ template <int BITS> struct Rows {
     const uint8_t* from = reinterpret_cast<const uint8_t*>(codes + row * stride) + group * BITS;
     uint32_t word[2] = {};
     if (aligned && count == kGroup) {
-      if (BITS == 8) {
-        uint2 both = *reinterpret_cast<const uint2*>(from);
-        word[0] = both.x, word[1] = both.y;
-      } else {
-        word[0] = *reinterpret_cast<const uint32_t*>(from);
-      }
+      typename Word<BITS>::type whole = *reinterpret_cast<const typename Word<BITS>::type*>(from);
+      memcpy(word, &whole, BITS);
     } else {
 #pragma unroll
       for (int j = 0; j < BITS; ++j)
@@ -73,7 +72,8 @@ template <int BITS> struct Rows {
     float scale = reinterpret_cast<const float*>(scales + row * stride)[block.of(group)];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      int q = BITS == 8 ? (int)(int8_t)(word[i / 4] >> (8 * (i % 4))) : (int)(word[0] >> (4 * i) & 15u) - 8;
+      uint32_t code = word[i * BITS / 32] >> (i * BITS % 32) & ((1u << BITS) - 1u);
+      int q = BITS == 8 ? (int)(int8_t)code : (int)code - zero_of(BITS);
       to[i] = dequantize((float)q, scale);
     }
   }
@@ -92,7 +92,11 @@ template <int BITS> void decode(const QuantDecodeSum& op, cudaStream_t stream) {
 
 }  // namespace
 
-void run(const QuantEncode& op, cudaStream_t stream) { op.bits == 8 ? encode<8>(op, stream) : encode<4>(op, stream); }
-void run(const QuantDecodeSum& op, cudaStream_t stream) { op.bits == 8 ? decode<8>(op, stream) : decode<4>(op, stream); }
+void run(const QuantEncode& op, cudaStream_t stream) {
+  op.bits == 8 ? encode<8>(op, stream) : op.bits == 4 ? encode<4>(op, stream) : encode<2>(op, stream);
+}
+void run(const QuantDecodeSum& op, cudaStream_t stream) {
+  op.bits == 8 ? decode<8>(op, stream) : op.bits == 4 ? decode<4>(op, stream) : decode<2>(op, stream);
+}
 
 }  // namespace commopt::cuda

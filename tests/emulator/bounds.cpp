@@ -62,7 +62,7 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     Field<uint16_t> v(n, stride);
     cuda::run(HalfEncode{g.input(), v.row(1), scales.row(1), block}, nullptr);
     cuda::run(HalfDecodeSum{g.output(stride), v.row(), scales.row(), block}, nullptr);
-    for (int format : {kE4M3, 10 + kE5M2, 10 + kE2M1, 20 + kE2M1, 10 + kPower}) {
+    for (int format : {(int)kE4M3, 10 + kE5M2, 10 + kE2M1, 20 + kE2M1, 10 + kPower}) {
       const int element = format % 10, scaling = format / 10;
       Field<uint8_t> codes(element == kE2M1 ? ceil_div(n, 2) : n, stride), coded(scaling ? blocks : 4 * blocks, stride);
       Field<float> whole(1, stride);
@@ -70,12 +70,30 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
       cuda::run(FloatEncode{g.input(), codes.row(1), coded.row(1), whole.row(1), element, scaling, block, element == kPower, 1, 2, 3}, nullptr);
       cuda::run(FloatDecodeSum{g.output(stride), codes.row(), coded.row(), whole.row(), element, scaling, block}, nullptr);
     }
-    for (int bits : {8, 4}) {
-      Field<uint8_t> codes(bits == 8 ? n : ceil_div(n, 2), stride);
+    for (int bits : {8, 4, 2}) {
+      Field<uint8_t> codes(ceil_div(n * bits, 8), stride);
       cuda::run(QuantEncode{g.input(), codes.row(1), scales.row(1), bits, block, bits == 4, 1, 2, 3}, nullptr);
       cuda::run(QuantDecodeSum{g.output(stride), codes.row(), scales.row(), bits, block}, nullptr);
     }
   }
+  for (int block : {40, 320}) {
+    int64_t blocks = ceil_div(n, block), stride = stride_of(blocks * block);
+    Field<float> scales(blocks, stride);
+    Field<uint8_t> codes(blocks * block / 5, stride);
+    cuda::run(TernaryEncode{g.input(), codes.row(1), scales.row(1), block, block == 40, 1, 2, 3}, nullptr);
+    cuda::run(TernaryDecodeSum{g.output(stride), codes.row(), scales.row(), block}, nullptr);
+  }
+  for (int block : {64, 1024, 24}) {
+    int64_t blocks = ceil_div(n, block), stride = stride_of(blocks * 4 + n);
+    Field<float> scales(blocks, stride);
+    Field<uint8_t> signs(ceil_div(n, 8), stride);
+    cuda::run(SignEncode{g.input(), signs.row(1), scales.row(1), block}, nullptr);
+    cuda::run(SignDecodeSum{g.output(stride), signs.row(), scales.row(), block}, nullptr);
+  }
+  Exact<float> rotated(n, skip);
+  cuda::run(HadamardEncode{g.input(), rotated.data()}, nullptr);
+  cuda::run(HadamardKeep{g.input(), rotated.data()}, nullptr);
+  cuda::run(HadamardDecode{g.x.data(), dtype, 0.5f, n, rotated.data()}, nullptr);
   for (int64_t k : {(int64_t)0, n ? (int64_t)1 : 0, n / 10, n}) {
     int64_t tiles = ceil_div(n, kTile), stride = stride_of(8 * (k + tiles));
     Field<float> values(k, stride);

@@ -1,0 +1,83 @@
+// One of three values each, five to a byte.
+#pragma once
+#include "../codec/ternary.h"
+#include "quant.h"
+
+namespace {
+
+using commopt::TernaryDecodeSum;
+using commopt::TernaryEncode;
+
+constexpr int kLongest = kDigits * 256;  // elements of a block
+
+template <class X, bool kResidual, bool kStochastic>
+void ternary_encode_loop(const TernaryEncode& op, int64_t begin, int64_t end) {
+  const int m = op.block / kDigits;
+  const float scale = *op.in.loss_scale, unscale = divide(1.0f, scale);
+  const Drawer draw(op, begin);
+  float* scales = op.scales + begin / op.block;
+  uint8_t* __restrict codes = op.codes + begin / kDigits;
+  alignas(64) uint8_t digits[kLongest];
+  block_by_block<X, kResidual>(op.in, op.block, begin, end, [&](int64_t first, int64_t stop, uint32_t absmax) __attribute__((always_inline)) {
+    const BlockScale shared = block_scale(absmax, steps_of(1, kStochastic));
+    *scales++ = shared.scale;
+    const bool usable = absmax < kNonFinite;
+    if (!usable || stop - first < op.block) memset(digits, 1, (size_t)op.block);
+    for (int64_t at = first; usable && at < stop; at += kDrawn)
+      quantize_run<X, kResidual, 1, 1, kStochastic>(op.in, draw, shared, scale, unscale, at, least(at + kDrawn, stop), digits + (at - first));
+    for (int j = 0; j < m; j += 8)
+#pragma GCC ivdep
+      for (int i = j; i < j + 8; ++i)
+        codes[i] = (uint8_t)(digits[i] + 3 * (digits[i + m] + 3 * (digits[i + 2 * m] + 3 * (digits[i + 3 * m] + 3 * digits[i + 4 * m]))));
+    codes += m;
+  });
+}
+
+void ternary_encode(const TernaryEncode& op, int64_t begin, int64_t end) {
+  with_dtype(op.in.dtype, [&](auto x) {
+    with_flag(op.in.residual != nullptr, [&](auto residual) {
+      with_flag(op.stochastic, [&](auto stochastic) {
+        ternary_encode_loop<decltype(x), decltype(residual)::value, decltype(stochastic)::value>(op, begin, end);
+      });
+    });
+  });
+}
+
+// sum[0 .. 5 m - 1] <- the decoded block, or += where it is not the first.
+template <bool kFirst> CODEC void ternary_run(const uint8_t* __restrict codes, int m, float scale, float* __restrict sum) {
+  uint16_t rest[kLongest / kDigits];
+  for (int j = 0; j < m; ++j) rest[j] = codes[j];
+  for (int digit = 0; digit < kDigits; ++digit, sum += m)
+    for (int j = 0; j < m; j += 8)
+#pragma GCC ivdep
+      for (int i = j; i < j + 8; ++i) {
+        const uint16_t quotient = third(rest[i]);
+        const int16_t q = (int16_t)((digit < kDigits - 1 ? rest[i] - 3 * quotient : rest[i]) - 1);
+        rest[i] = quotient;
+        const float value = dequantize((float)q, scale);
+        sum[i] = kFirst ? value : add(sum[i], value);
+      }
+}
+
+template <class Out> void ternary_decode_loop(const TernaryDecodeSum& op, int64_t begin, int64_t end) {
+  typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
+  const int m = op.block / kDigits;
+  alignas(64) float sum[kLongest];
+  for (int64_t block = begin / op.block; block * op.block < end; ++block) {
+    const int64_t first = block * op.block, count = least(end - first, op.block);
+    for (int64_t w = 0; w < op.out.rows; ++w) {
+      const float scale = row(op.scales, op.out.stride, w)[block];
+      const uint8_t* codes = row(op.codes, op.out.stride, w) + block * m;
+      prefetch(codes, m, kAhead / 4);
+      if (w == 0) ternary_run<true>(codes, m, scale, sum);
+      else ternary_run<false>(codes, m, scale, sum);
+    }
+    for (int64_t i = 0; i < count; ++i) out[first + i] = Out::store(mul(sum[i], op.out.weight));
+  }
+}
+
+void ternary_decode_sum(const TernaryDecodeSum& op, int64_t begin, int64_t end) {
+  with_dtype(op.out.dtype, [&](auto out) { ternary_decode_loop<decltype(out)>(op, begin, end); });
+}
+
+}  // namespace
