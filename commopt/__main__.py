@@ -36,8 +36,8 @@ def _info_text(found: dict[str, Any]) -> str:
         ("networks", f"gloo {'available' if found['gloo'] else 'missing'}, NCCL {found['nccl'] or 'not in this torch'}"),
     ]
     lines = [f"{name:<14}{value}" for name, value in rows]
-    lines += ["", f"{'op':<18}" + "".join(f"{'on ' + device:<12}" for device in found["ops"])]
-    lines += [f"{op:<18}" + "".join(f"{owners[op]:<12}" for owners in found["ops"].values()) for op in backends.OPS]
+    lines += ["", f"{'op':<20}" + "".join(f"{'on ' + device:<12}" for device in found["ops"])]
+    lines += [f"{op:<20}" + "".join(f"{owners[op]:<12}" for owners in found["ops"].values()) for op in backends.OPS]
     for kind in ("warnings", "errors"):
         lines += ["", *(f"{kind[:-1]}: {text}" for text in found[kind])] if found[kind] else []
     return "\n".join(lines)
