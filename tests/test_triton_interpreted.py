@@ -50,6 +50,8 @@ else:
         kinds = op_cases.VALUES
         if op == "topk" and n != 257:  # seven launches
             kinds = [kinds[next(turns) % len(kinds)] for _ in range(2)]
+        if op in ("ternary", "sign") and n != 129:  # many steps to a program
+            kinds = [kinds[next(turns) % len(kinds)] for _ in range(3)]
         for kind in kinds:
             for _ in range(at_once):
                 compare(op, n, kind, **settings(), **next(options))
