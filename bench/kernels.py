@@ -37,14 +37,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Op:
-    """One row of the table. encode: with error feedback; decode: the mean of two rows."""
+    """One row of the table. encode: with error feedback; decode: the mean of `rows` rows."""
 
-    method: str  # dense, half, float, quant, ternary, sign, hadamard, topk
+    method: str  # dense, half, float, quant, ternary, sign, hadamard, topk, blocktopk, randomk
     decode: bool = False
     bits: int = 8
     block: int = 256
     stochastic: bool = False
     share: float = 0.01
+    rows: int = 2  # of a decode
     rising: bool = False  # from the first step on, on gradients that resemble each other
     element: str = "e4m3"
     scaling: str = "float32"
@@ -72,6 +73,8 @@ OPS = {
     "topk 1%": Op("topk"),
     "topk 0.1%": Op("topk", share=0.001),
     "topk rising": Op("topk", rising=True),
+    "blocktopk 1%": Op("blocktopk"),
+    "randomk 1%": Op("randomk"),
     "bf16 decode": Op("dense", decode=True),
     "half decode": Op("half", decode=True),
     "fp8 decode": Op("float", decode=True),
@@ -86,6 +89,9 @@ OPS = {
     "sign decode": Op("sign", decode=True, block=1024),
     "hadamard decode": Op("hadamard", decode=True),
     "topk 1% decode": Op("topk", decode=True),
+    "topk 1% of 4": Op("topk", decode=True, rows=4),
+    "blocktopk of 4": Op("blocktopk", decode=True, rows=4),
+    "randomk of 4": Op("randomk", decode=True, rows=4),
 }
 
 
@@ -106,7 +112,7 @@ def alike(n: int, dtype: torch.dtype, count: int, seed: int = 0) -> list[Tensor]
 class Run:
     """One op with its tensors on one backend."""
 
-    def __init__(self, kernels, op: Op, grads: list[Tensor], residual: Tensor, out: Tensor, rows: int = 2):
+    def __init__(self, kernels, op: Op, grads: list[Tensor], residual: Tensor, out: Tensor):
         self.kernels, self.op, self.grads, self.residual, self.out = kernels, op, grads, residual, out
         self.scale = torch.ones(1)
         n, blocks = out.numel(), -(-out.numel() // op.block)
@@ -129,12 +135,18 @@ class Run:
             shapes, self.extra = ((-(-n // 8), torch.uint8), (blocks, torch.float32)), (op.block,)
         elif op.method == "hadamard":  # its output is no message: one of it is enough
             shapes, self.extra, rows = ((n, torch.float32),), (), 1
+        elif op.method == "blocktopk":
+            k = round(1024 * op.share)
+            count = n // 1024 * k + -(-(n % 1024) * k // 1024)
+            shapes, self.extra = ((count, torch.float32), (count, torch.int16)), (k,)
+        elif op.method == "randomk":
+            shapes, self.extra = ((max(1, int(n * op.share)), torch.float32),), ((1, 2, 3),)
         else:
             k = max(1, int(n * op.share))
             shapes, self.extra = ((k, torch.float32), (k, torch.int16), (-(-n // 65536), torch.int64)), ()
             self.workspace = torch.zeros(kernels.topk_workspace(n, k), dtype=torch.uint8)
         sizes = [-(-count * dtype.itemsize // 64) * 64 for count, dtype in shapes]
-        message = torch.zeros(rows, sum(sizes), dtype=torch.uint8)
+        message = torch.zeros(op.rows, sum(sizes), dtype=torch.uint8)
         self.fields = [
             message[:, sum(sizes[:i]) :][:, : count * dtype.itemsize].view(dtype) for i, (count, dtype) in enumerate(shapes)
         ]
@@ -151,6 +163,8 @@ class Run:
             self.kernels.absmax(x, self.residual, self.scale, fields[-1], 448.0 * 6.0)
         if self.op.method in ("quant", "ternary", "float"):
             extra = (*self.extra, self.op.stochastic, (1, turn, row))
+        elif self.op.method == "randomk":
+            extra = (False, *self.extra)
         else:
             extra = (self.workspace,) if self.op.method == "topk" else self.extra
         getattr(self.kernels, f"{self.op.method}_encode")(x, self.residual, self.scale, *fields, *extra)
@@ -158,7 +172,7 @@ class Run:
     def decode(self) -> None:
         if self.op.method == "hadamard":
             return self.kernels.hadamard_decode(self.out, 0.5, self.fields[0][0])
-        getattr(self.kernels, f"{self.op.method}_decode_sum")(self.out, 0.5, *self.fields, *self.extra)
+        getattr(self.kernels, f"{self.op.method}_decode_sum")(self.out, 1 / self.op.rows, *self.fields, *self.extra)
 
     def __call__(self, turn: int) -> None:
         self.decode() if self.op.decode else self.encode(turn)
@@ -172,7 +186,7 @@ def verify(kernels, op: Op, dtype: torch.dtype, n: int = 200_003) -> None:
     for backend in (reference, kernels):
         run = Run(backend, op, grads, torch.zeros(n), torch.zeros(n, dtype=dtype))
         for turn in range(3):
-            run.encode(turn, row=turn % 2)
+            run.encode(turn, row=turn % op.rows)
         run.decode()
         results.append([run.residual, run.out, *run.fields])
     for want, got in zip(*results):
@@ -215,7 +229,7 @@ def in_torch(op: Op, residual: Tensor, out: Tensor, run: Run) -> Callable[[Tenso
             out.zero_()
             for v, p in zip(values, places):
                 out.index_add_(0, p, v.to(out.dtype))
-            out.mul_(0.5)
+            out.mul_(1 / run.op.rows)
 
         return scatter
     return None
@@ -253,8 +267,8 @@ def time_op(run: Run, isas: list[str], threads: int, turns: int, compare: bool) 
     """As time_turns: of the steady state or, for a rising op, of the first steps."""
     if not run.op.rising:
         run.restart()
-        for turn in range(32):  # fills both rows; top-k finds its threshold
-            run.encode(turn, row=turn % 2)
+        for turn in range(32):  # fills all rows; top-k finds its threshold
+            run.encode(turn, row=turn % run.op.rows)
         return time_turns(run, isas, threads, turns, in_torch(run.op, run.residual, run.out, run) if compare else None)
     best: dict[str, list[float]] = {"torch": []}
     for isa in isas * 3:

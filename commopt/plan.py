@@ -101,10 +101,10 @@ def layout(parts: list[Part], exact: int) -> Layout:
 class Message:
     """How one stretch of a bucket becomes a row of bytes, and rows become their sum. Positions are relative to the stretch."""
 
-    def __init__(self, parts: list[Part], exact: Tensor, device: torch.device, identity: str):
+    def __init__(self, parts: list[Part], exact: Tensor, device: torch.device, identity: str, shared: str):
         self.parts, self.exact = parts, exact.to(device)
         self.kernels = [backends.select(device) for _ in parts]
-        self._streams = [zlib.crc32(f"{identity}/{i}".encode()) for i in range(len(parts))]
+        self._streams = [[zlib.crc32(f"{name}/{i}".encode()) for name in (identity, shared)] for i in range(len(parts))]
         self.layout = layout(parts, exact.numel())
         lost = torch.zeros_like(exact, dtype=torch.bool)
         for part in parts:
@@ -125,8 +125,8 @@ class Message:
         if self.exact.numel():
             exact.copy_(x[self.exact])
             x.index_fill_(0, self.exact, 0)
-        for part, kernels, fields, stream in zip(self.parts, self.kernels, groups, self._streams):
-            kernels.draw = (*draw, stream)
+        for part, kernels, fields, (stream, shared) in zip(self.parts, self.kernels, groups, self._streams):
+            kernels.draw, kernels.shared_draw = (*draw, stream), (*draw, shared)
             if loss_scale is not None:
                 kernels.loss_scale = loss_scale
             kept = part.kept(residual)
@@ -204,11 +204,12 @@ class Plan:
 
     def _message(self, start: int, stop: int, phase: str) -> Message:
         parts = [
-            Part(max(p.start, start) - start, min(p.stop, stop) - start, p.compressor)
+            Part(max(p.start, start) - start, min(p.stop, stop) - start, p.compressor.resent() if phase == "sum" else p.compressor)
             for p in self.parts if p.start < stop and p.stop > start
         ]
         exact = self.exact[(self.exact >= start) & (self.exact < stop)] - start
-        return Message(parts, exact, self.device, f"{self.parameters[0].name}/{phase}/{start}/{self.rank}")
+        name = self.parameters[0].name
+        return Message(parts, exact, self.device, f"{name}/{phase}/{start}/{self.rank}", f"{name}/{start}")
 
     def _rows(self, nbytes: int) -> Tensor:
         return torch.zeros(self.world, nbytes, dtype=torch.uint8, device=self.device)
@@ -238,7 +239,8 @@ class Plan:
         fields = [values.view(-1)[: sum(counts)].split(counts) for values, counts in zip(self.values, sizes)]
         self.rounds = [(p, backends.select(device), [row[i] for row in fields[: len(p.fields)]]) for i, p in enumerate(parts)]
         self.exactly = list(zip([self.exact, *(slice(*span) for span in large)], fields[0][len(parts) :]))
-        self.message = Message(others, self.exact[:0], device, f"{self.parameters[0].name}/rounds/{self.rank}") if others else None
+        name = f"{self.parameters[0].name}/rounds"
+        self.message = Message(others, self.exact[:0], device, f"{name}/{self.rank}", name) if others else None
         self.rows = self._rows(self.message.nbytes if others else 0)
         self.sent = (world - 1) * (8 * sum(shards) + self.rows.shape[1])
 

@@ -87,6 +87,34 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
   }, Free());
 }
 
+// The ops that have no CUDA version.
+template <class Run> void bind_cpu_ops(py::module_ m, Run run) {
+  using Free = py::call_guard<py::gil_scoped_release>;
+  m.def("blocktopk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
+    run(BlockTopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<int16_t>(index), count, k}, where);
+  }, Free());
+  m.def("blocktopk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, ptr index, int64_t count, int k, int64_t where) {
+    run(BlockTopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<float>(values), at<int16_t>(index), count, k}, where);
+  }, Free());
+  m.def("blocktopk_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
+    run(BlockTopkAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<int16_t>(index), count, k}, where);
+  }, Free());
+  m.def("bits_pack", [=](ptr index, ptr packed, int64_t count, int width, int64_t where) {
+    run(BitsPack{at<int16_t>(index), at<uint8_t>(packed), count, width}, where);
+  }, Free());
+  m.def("bits_unpack", [=](ptr packed, ptr index, int64_t count, int width, int64_t where) {
+    run(BitsUnpack{at<uint8_t>(packed), at<int16_t>(index), count, width}, where);
+  }, Free());
+  m.def("randomk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, int64_t k, bool scaled, uint64_t seed, uint32_t step,
+                              uint32_t stream, int64_t where) {
+    run(RandomkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), k, scaled, seed, step, stream}, where);
+  }, Free());
+  m.def("randomk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, int64_t k, uint64_t seed,
+                                  uint32_t step, uint32_t stream, int64_t where) {
+    run(RandomkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<float>(values), k, seed, step, stream}, where);
+  }, Free());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -94,6 +122,7 @@ PYBIND11_MODULE(_C, m) {
 
   auto cpu = m.def_submodule("cpu");
   bind_ops(cpu, [](const auto& op, int64_t threads) { commopt::cpu::run(op, (int)threads); });
+  bind_cpu_ops(cpu, [](const auto& op, int64_t threads) { commopt::cpu::run(op, (int)threads); });
   cpu.def("topk_workspace", &commopt::cpu::topk_workspace);
   cpu.def("axpy", [](ptr r, ptr g, int64_t n, int threads) { commopt::cpu::axpy(at<float>(r), at<float>(g), n, threads); });
   cpu.def("isas", &commopt::cpu::isas, "instruction sets this machine runs, mildest first");

@@ -165,7 +165,59 @@ struct SparseAdd {  // residual[selected] += values / loss_scale
   int64_t k;
 };
 
+struct BlockTopkEncode {
+  Input in;
+  float* values;   // [count], block by block, in the order of their index
+  int16_t* index;  // [count], within a block
+  int64_t count;
+  int k;           // of each whole block; the last one has what is left of the list
+};
+struct BlockTopkDecodeSum {
+  Output out;
+  const float* values;
+  const int16_t* index;
+  int64_t count;
+  int k;
+};
+struct BlockTopkAdd {  // residual[selected] += values / loss_scale
+  float* residual;
+  const float* loss_scale;
+  int64_t n;
+  const float* values;
+  const int16_t* index;
+  int64_t count;
+  int k;
+};
+struct BitsPack {
+  const int16_t* index;  // [count]
+  uint8_t* packed;       // [ceil(count * width / 8)]
+  int64_t count;
+  int width;             // 1 to 16
+};
+struct BitsUnpack {
+  const uint8_t* packed;
+  int16_t* index;
+  int64_t count;
+  int width;
+};
+struct RandomkEncode {
+  Input in;
+  float* values;  // [k]
+  int64_t k;
+  bool scaled;
+  uint64_t seed;
+  uint32_t step, stream;
+};
+struct RandomkDecodeSum {
+  Output out;
+  const float* values;
+  int64_t k;
+  uint64_t seed;
+  uint32_t step, stream;
+};
+
 constexpr int64_t kTile = 65536;
 constexpr int kStretch = 128;  // elements that are rotated together
+constexpr int64_t kBlock = 1024, kLine = 32;  // of blocktopk: commopt/backends/reference/blocktopk.py
 
 }  // namespace commopt

@@ -74,7 +74,7 @@ def _encode_each(encode, rows: int, n: int, kind: str, dtype: torch.dtype, resid
 
 def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=True, rows=2, loss_scale=1.0, device="cpu",
         offset=0, **options) -> dict[str, torch.Tensor]:
-    """Encodes `rows` messages and decodes their sum. op: dense, half, quant, ternary, sign, hadamard or topk; options as the ops name them."""
+    """Encodes `rows` messages and decodes their sum. op: a family of ops, see `variants`; options as the ops name them."""
     scale = torch.full((1,), loss_scale, device=device)
     extra: tuple = ()
     if op == "dense":
@@ -115,6 +115,15 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         encode = lambda i, x, r: kernels.sign_encode(x, r, scale, fields["signs"][i], fields["scales"][i], *extra)
     elif op == "hadamard":
         return _run_hadamard(kernels, n, kind, dtype, residual, scale, device, offset)
+    elif op == "blocktopk":
+        k = options["k"]
+        count, extra = n // 1024 * k + -(-(n % 1024) * k // 1024), (k,)
+        fields = message_rows(rows, {"values": (count, torch.float32), "index": (count, torch.int16)}, device)
+        encode = lambda i, x, r: kernels.blocktopk_encode(x, r, scale, fields["values"][i], fields["index"][i], k)
+    elif op == "randomk":
+        extra = ((2**40 + 12345, 7, 3),)
+        fields = message_rows(rows, {"values": (options["k"], torch.float32)}, device)
+        encode = lambda i, x, r: kernels.randomk_encode(x, r, scale, fields["values"][i], options["scaled"], *extra)
     else:
         k = options["k"]
         lists = {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (-(-n // 65536), torch.int64)}
@@ -130,6 +139,9 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         r = results["residual"][0].clone()
         kernels.sparse_add(r, scale, *(f[0] for f in fields.values()))
         results["returned"] = r
+    if op == "blocktopk" and residual:
+        results["returned"] = results["residual"][0].clone()
+        kernels.blocktopk_add(results["returned"], scale, *(f[0] for f in fields.values()), k)
     return results
 
 
@@ -167,6 +179,10 @@ def variants(op: str, n: int) -> Iterator[dict]:
         yield from ({"block": b} for b in (1024, 256, 64))
     elif op == "hadamard":
         yield {}
+    elif op == "blocktopk":
+        yield from ({"k": k} for k in (1, 10, 300))
+    elif op == "randomk":
+        yield from ({"k": k, "scaled": k % 2 == 0} for k in sorted({min(n, max(1, k)) for k in (1, n // 100, n // 3)}))
     else:
         yield from ({"k": k} for k in sorted({min(n, k) for k in (0, 1, -(-n // 100), -(-n // 10), n)}))
 

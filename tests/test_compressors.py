@@ -244,12 +244,12 @@ def test_rows_are_added_in_rank_order_in_float32(spec):
     assert out[out != 0].numel() and (out[out != 0] > 0.49).all()
 
 
-@pytest.mark.parametrize("loss_scale", (1.0, 1024.0))
-def test_momentum_of_topk_is_that_of_deep_gradient_compression(loss_scale):
+@pytest.mark.parametrize("loss_scale, scope", [(1.0, "global"), (1024.0, "global"), (1024.0, "block")])
+def test_momentum_of_topk_is_that_of_deep_gradient_compression(loss_scale, scope):
     """Against the paper's algorithm 3 in float64: u <- m u + g, v <- v + u, what is sent leaves both. Whole numbers, so
     that all is exact; m = 1/2."""
     n, k = 2000, 20
-    topk, kernels = commopt.parse(f"topk:ratio={k / n},momentum=0.5"), backends.select("cpu")
+    topk, kernels = commopt.parse(f"topk:ratio={k / n},momentum=0.5,scope={scope}"), backends.select("cpu")
     kernels.loss_scale = torch.tensor([loss_scale])
     layout = Layout(topk.fields(n))
     kept, u, v = torch.zeros(2, n), torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
@@ -257,14 +257,15 @@ def test_momentum_of_topk_is_that_of_deep_gradient_compression(loss_scale):
         g = integers(n, step, 2**9) * 2**8
         u = 0.5 * u + g.double()
         v = v + u
-        top = v.abs().sort(descending=True, stable=True).indices[:k]
-        want = torch.zeros(n, dtype=torch.float64)
-        want[top] = v[top]
-        u[top] = v[top] = 0
         row = torch.zeros(1, layout.nbytes, dtype=torch.uint8)
         topk.encode(kernels, g * loss_scale, kept, *layout.views(row[0]))
         out = torch.empty(n)
         topk.decode_sum(kernels, out, 1.0 / loss_scale, *layout.views(row))
+        top = v.abs().sort(descending=True, stable=True).indices[:k] if scope == "global" else out.nonzero()[:, 0]
+        assert len(top) == topk.k(n)
+        want = torch.zeros(n, dtype=torch.float64)
+        want[top] = v[top]
+        u[top] = v[top] = 0
         assert torch.equal(out.double(), want) and torch.equal(kept[0].double(), v) and torch.equal(kept[1].double(), u), step
     before = kept.clone()
     g[7], g[11] = math.inf, math.nan

@@ -7,10 +7,11 @@ import pytest
 import commopt
 from commopt.spec import Table
 
-ALL = ["bf16", "fp16", "int4", "int8", "none", "topk"]
+ALL = ["bf16", "fp16", "int4", "int8", "none", "randomk", "topk"]
 SPECS = [
     *ALL, "int8:block=64", "int8:rounding=stochastic", "int8:ef=true", "int4:block=1024,rounding=stochastic,ef=false",
     "topk:ratio=0.001", "topk:ratio=1e-06", "topk:ratio=1.0,values=bf16,warmup=200,ef=false", "bf16:ef=true", "fp16:ef=true",
+    "topk:scope=block", "topk:ratio=0.1,scope=block,values=int4", "randomk:ratio=0.001,ef=false",
 ]
 
 
@@ -37,7 +38,7 @@ def test_every_lossy_compressor_has_error_feedback_on_where_it_is_needed(name):
     if name == "none":
         assert takes == {}
     else:
-        assert takes["ef"] == (bool, name in ("int4", "topk"))
+        assert takes["ef"] == (bool, name in ("int4", "topk", "randomk"))
 
 
 @pytest.mark.parametrize("spec, words", [
@@ -57,6 +58,8 @@ def test_every_lossy_compressor_has_error_feedback_on_where_it_is_needed(name):
     ("topk:momentum=1", ["momentum must be at least 0 and below 1"]),
     ("topk:momentum=0.9,ef=false", ["needs ef=true"]),
     ("none:ef=true", ["it takes none"]),
+    ("topk:scope=layer", ["scope must be global | block, got 'layer'"]),
+    ("randomk:ratio=2", ["ratio must be from 1e-6 to 1, got 2.0"]),
     (None, ["must be a spec like", "got None"]),
     (8, ["got 8"]),
 ])

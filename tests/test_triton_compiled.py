@@ -96,6 +96,10 @@ else:
         op_cases.run(ops, "sign", n, "normal", torch.bfloat16, block=1024)
         op_cases.run(ops, "hadamard", n, "normal", torch.float32)
         op_cases.run(ops, "topk", 65536 + n, "normal", torch.float32, k=64)
+        op_cases.run(ops, "blocktopk", n, "normal", torch.float32, k=10)
+        op_cases.run(ops, "randomk", n, "normal", torch.float32, k=120, scaled=True)
+        ops.bits_pack(torch.zeros(n, dtype=torch.int16), torch.zeros(n * 10 // 8, dtype=torch.uint8), 10)
+        ops.bits_unpack(torch.zeros(n * 10 // 8, dtype=torch.uint8), torch.zeros(n, dtype=torch.int16), 10)
 
     def every_way(ops) -> None:
         """One element, no residual, ragged, unaligned, blocks of any size: each of them is compiled anew."""
@@ -113,8 +117,9 @@ else:
 
     def test_every_kernel_is_compiled_here(monkeypatch):
         launched = {kernel.__name__ for kernel, _, _ in recorded(every_kernel, monkeypatch)}
-        methods = [getattr(kernels, name) for name in ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk")]
-        defined = {name for m in methods for name in vars(m) if re.fullmatch(r"(dense|half|quant|ternary|sign|hadamard|topk|sparse)_\w+", name)}
+        families = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk", "bits", "blocktopk", "randomk")
+        methods = [getattr(kernels, name) for name in families]
+        defined = {name for m in methods for name in vars(m) if re.fullmatch(rf"({'|'.join(families)}|sparse)_\w+", name)}
         assert launched == defined
 
     def test_other_ways_to_launch(monkeypatch):
@@ -133,7 +138,7 @@ else:
                 continue  # its machine code is made as that of 90
             (tmp_path / "cubin").write_bytes(made.asm["cubin"])
             sass = subprocess.run([NVDISASM, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
-            assert "FADD" in sass or name in ("topk_scan",), name
+            assert "FADD" in sass or name in ("topk_scan", "bits_pack", "bits_unpack"), name
             # An IEEE division is five FFMA, and eleven more for all that need the slow way; a fused tile would add 16.
             divisions, fused = len(re.findall(r"\bdiv\.rn", ptx)), len(re.findall(r"\bFFMA", sass))
             assert fused <= (5 * divisions + 12 if divisions else 0), f"{name}: {fused} FFMA for {divisions} divisions"

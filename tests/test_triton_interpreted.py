@@ -44,11 +44,12 @@ else:
         }
 
     @pytest.mark.parametrize("n", [n for n in op_cases.SIZES if n not in (255, 256, 4096)])
-    @pytest.mark.parametrize("op, at_once", [("dense", 1), ("half", 1), ("quant", 2), ("ternary", 1), ("sign", 1), ("hadamard", 1), ("topk", 1)])
+    @pytest.mark.parametrize("op, at_once", [("dense", 1), ("half", 1), ("quant", 2), ("ternary", 1), ("sign", 1), ("hadamard", 1),
+                                             ("topk", 1), ("blocktopk", 1), ("randomk", 1)])
     def test_sizes_and_values(op, at_once, n):
         options = itertools.cycle(op_cases.variants(op, n))
         kinds = op_cases.VALUES
-        if op == "topk" and n != 257:  # seven launches
+        if op in ("blocktopk", "randomk") or (op == "topk" and n != 257):  # several launches, or long ones
             kinds = [kinds[next(turns) % len(kinds)] for _ in range(2)]
         if op in ("ternary", "sign") and n != 129:  # many steps to a program
             kinds = [kinds[next(turns) % len(kinds)] for _ in range(3)]
@@ -68,6 +69,8 @@ else:
         ("topk", 9001, "equal", {"k": 8999}),
         ("topk", 65537, "few", {"k": 30_000}),
         ("topk", 131_073, "nan", {"k": 2001}),
+        ("blocktopk", 9001, "few", {"k": 10}),
+        ("randomk", 9001, "nan", {"k": 2, "scaled": False}),
     ])
     def test_many_programs(op, n, kind, options):
         compare(op, n, kind, torch.float32, **options)

@@ -49,12 +49,13 @@ class Kernels:
     """The ops for one piece of one plan, resolved once, and what they keep from call to call.
 
     loss_scale: float32 [1] on the device. draw: (seed, step, stream) of the random numbers of the next encode.
+    shared_draw: the same, with a stream that all ranks and both phases of a two_shot have in common.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.loss_scale = torch.ones(1, dtype=torch.float32, device=device)
-        self.draw = (0, 0, 0)
+        self.draw = self.shared_draw = (0, 0, 0)
         self._scratch: dict[str, Tensor] = {}
         for op, owner in owners(device.type).items():
             setattr(self, op, getattr(importlib.import_module(f".{owner}", __name__), op))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .reference import TERNARY_BLOCKS, TILE
+from .reference.blocktopk import BLOCK
 
 GRADIENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/ops.h
 _DENSE = (torch.float32, torch.bfloat16)
@@ -96,6 +97,23 @@ def _format_of(c: Checker, whole, element: str, scaling: str) -> tuple[int, int,
         raise ValueError(f"{c.op}: whole must be None with scales {scaling!r}, got {_got(whole)}")
     dtype = torch.float32 if scaling == "float32" else torch.uint8
     return _ELEMENT[element], _SCALING[scaling], dtype, 4 if element == "e2m1" else 8
+
+
+def packed_bytes(op: str, count: int, width: int) -> int:
+    if not 1 <= width <= 16:
+        raise ValueError(f"{op}: width must be a number of bits from 1 to 16, got {width}")
+    return -(-count * width // 8)
+
+
+def entries_of_blocks(op: str, n: int, count: int, k: int) -> None:
+    last = count - n // BLOCK * k
+    if not (0 <= k <= BLOCK and 0 <= last <= n % BLOCK):
+        raise ValueError(f"{op}: {count} values are not k = {k} of each of {n // BLOCK} blocks and up to {n % BLOCK} of the last")
+
+
+def strata(op: str, n: int, k: int) -> None:
+    if k > n or (n and n >= 2**31 * k):
+        raise ValueError(f"{op}: values must hold one entry for 1 to 2^31 elements each of {n}, got {k} entries")
 
 
 def bind(module, device_type: str, where: Callable[[torch.device], object], addresses: bool = True) -> dict[str, Callable]:
@@ -243,5 +261,58 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         s = c.tensor("starts", starts, torch.int64, (-(-residual.numel() // TILE),))
         module.sparse_add(r, scale, residual.numel(), v, i, s, values.numel(), where(residual.device))
 
-    ops = {name: f for name, f in locals().items() if callable(f) and name not in ("module", "where", "checker")}
+    def blocktopk_encode(x, residual, loss_scale, values, index, k) -> None:
+        c = checker("blocktopk_encode")
+        given = c.input(x, residual, loss_scale)
+        v = c.tensor("values", values, torch.float32, (None,))
+        count = values.numel()
+        i = c.tensor("index", index, torch.int16, (count,))
+        entries_of_blocks("blocktopk_encode", x.numel(), count, k)
+        module.blocktopk_encode(*given, v, i, count, k, where(x.device))
+
+    def blocktopk_decode_sum(out, weight, values, index, k) -> None:
+        c = checker("blocktopk_decode_sum")
+        given = c.output(out, weight, values)
+        count = values.shape[1]
+        v = c.field("values", values, torch.float32, given[4], count, given[5])
+        i = c.field("index", index, torch.int16, given[4], count, given[5])
+        entries_of_blocks("blocktopk_decode_sum", out.numel(), count, k)
+        module.blocktopk_decode_sum(*given, v, i, count, k, where(out.device))
+
+    def blocktopk_add(residual, loss_scale, values, index, k) -> None:
+        c = checker("blocktopk_add")
+        r = c.tensor("residual", residual, torch.float32, (None,))
+        scale = c.tensor("loss_scale", loss_scale, torch.float32, (1,))
+        v = c.tensor("values", values, torch.float32, (None,))
+        i = c.tensor("index", index, torch.int16, (values.numel(),))
+        entries_of_blocks("blocktopk_add", residual.numel(), values.numel(), k)
+        module.blocktopk_add(r, scale, residual.numel(), v, i, values.numel(), k, where(residual.device))
+
+    def bits_pack(index, packed, width) -> None:
+        c = checker("bits_pack")
+        i = c.tensor("index", index, torch.int16, (None,))
+        p = c.tensor("packed", packed, torch.uint8, (packed_bytes("bits_pack", index.numel(), width),))
+        module.bits_pack(i, p, index.numel(), width, where(index.device))
+
+    def bits_unpack(packed, index, width) -> None:
+        c = checker("bits_unpack")
+        i = c.tensor("index", index, torch.int16, (None,))
+        p = c.tensor("packed", packed, torch.uint8, (packed_bytes("bits_unpack", index.numel(), width),))
+        module.bits_unpack(p, i, index.numel(), width, where(index.device))
+
+    def randomk_encode(x, residual, loss_scale, values, scaled, draw) -> None:
+        c = checker("randomk_encode")
+        given = c.input(x, residual, loss_scale)
+        v = c.tensor("values", values, torch.float32, (None,))
+        strata("randomk_encode", x.numel(), values.numel())
+        module.randomk_encode(*given, v, values.numel(), scaled, *draw, where(x.device))
+
+    def randomk_decode_sum(out, weight, values, draw) -> None:
+        c = checker("randomk_decode_sum")
+        given = c.output(out, weight, values)
+        v = c.field("values", values, torch.float32, given[4], None, given[5])
+        strata("randomk_decode_sum", out.numel(), values.shape[1])
+        module.randomk_decode_sum(*given, v, values.shape[1], *draw, where(out.device))
+
+    ops = {name: f for name, f in locals().items() if callable(f) and name not in ("module", "where", "checker") and hasattr(module, name)}
     return ops | {"topk_workspace": module.topk_workspace}

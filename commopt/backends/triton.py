@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 import triton
 
-from ..kernels import dense, floats, half, hadamard, quant, sign, ternary, topk
+from ..kernels import bits, blocktopk, dense, floats, half, hadamard, quant, randomk, sign, ternary, topk
 from .native import bind
 
 _TILE = 4096  # elements of one program, 16 to a thread
@@ -185,6 +185,56 @@ def sparse_add(residual, loss_scale, n, values, index, starts, k, device):
     tiles = starts.shape[0]
     given = residual, loss_scale, values, index, starts
     _launch(device, topk.sparse_add, tiles, *given, k, n, tiles, STEP=2048, num_warps=16)
+
+
+def _blocks(n: int, k: int, count: int) -> tuple[int, dict[str, int]]:
+    """Programs for all blocks, the last one among them, and the constants of the kernels that read their entries."""
+    longest = max(k, count - n // blocktopk.BLOCK.value * k, 2)
+    return triton.cdiv(n, 4 * blocktopk.BLOCK.value), {"ROWS": 4, "WIDTH": triton.next_power_of_2(longest)}
+
+
+def blocktopk_encode(x, _, residual, loss_scale, n, values, index, count, k, device):
+    _launch(device, blocktopk.blocktopk_encode, _blocks(n, k, count)[0], x, residual, loss_scale, values, index, k, count, n, ROWS=4)
+
+
+def blocktopk_decode_sum(out, _, weight, n, rows, stride, values, index, count, k, device):
+    total = out if out.dtype == torch.float32 else torch.empty(n, dtype=torch.float32, device=device)
+    programs, constants = _blocks(n, k, count)
+    strides = values.stride(0), index.stride(0)
+    _launch(device, blocktopk.blocktopk_decode_sum, programs, out, total, weight, values, index, rows, *strides, k, count, n, **constants)
+
+
+def blocktopk_add(residual, loss_scale, n, values, index, count, k, device):
+    programs, constants = _blocks(n, k, count)
+    _launch(device, blocktopk.blocktopk_add, programs, residual, loss_scale, values, index, k, count, n, **constants)
+
+
+def bits_pack(index, packed, count, width, device):
+    _launch(device, bits.bits_pack, triton.cdiv(packed.numel(), _TILE), index, packed, count, WIDTH=width, TILE=_TILE)
+
+
+def bits_unpack(packed, index, count, width, device):
+    _launch(device, bits.bits_unpack, triton.cdiv(count, _TILE), packed, index, count, WIDTH=width, TILE=_TILE)
+
+
+def _strata(n: int, k: int) -> tuple[int, int, dict[str, int]]:
+    """Programs, pieces of a stratum, and constants."""
+    longest = max(1, triton.cdiv(n, max(k, 1)))
+    width = min(triton.next_power_of_2(longest), _TILE)
+    rows = min(_TILE // width, 256)
+    return triton.cdiv(k, rows), triton.cdiv(longest, width), {"ROWS": rows, "WIDTH": width}
+
+
+def randomk_encode(x, _, residual, loss_scale, n, values, k, scaled, seed, step, stream, device):
+    programs, chunks, constants = _strata(n, k)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    _launch(device, randomk.randomk_encode, programs, x, residual, loss_scale, values, *draw, k, n, chunks, SCALED=bool(scaled), **constants)
+
+
+def randomk_decode_sum(out, _, weight, n, rows, stride, values, k, seed, step, stream, device):
+    programs, chunks, constants = _strata(n, k)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    _launch(device, randomk.randomk_decode_sum, programs, out, weight, values, *draw, rows, values.stride(0), k, n, chunks, **constants)
 
 
 _LAUNCHERS = {name: f for name, f in globals().items() if getattr(f, "__module__", "") == __name__ and name[0] != "_"}

@@ -12,6 +12,7 @@ from .quantize import Int2, Int4, Int8
 from .ternary import Ternary
 from .sign import Sign
 from .topk import TopK
+from .randomk import RandomK
 from .powersgd import PowerSGD
 from .dct import DCT
 

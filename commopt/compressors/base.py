@@ -74,6 +74,11 @@ class Compressor:
         """The compressor to use in the given compressed step, counted from 0; differs from self during a warm-up."""
         return self
 
+    def resent(self) -> "Compressor":
+        """The compressor that a two_shot encodes the sum of a shard with; differs from self where that sum must be treated
+        otherwise than a gradient. Same fields, decoded by self."""
+        return self
+
 
 def compressors() -> dict[str, dict[str, tuple[type, Any]]]:
     """Name -> {key: (type, default)} of every registered compressor."""

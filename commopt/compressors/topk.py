@@ -6,23 +6,26 @@ from torch import Tensor
 
 from ..wire import Layout
 from .base import Compressor, register
-
-_TILE = 65536
-_VALUE_BLOCK = 64  # values=int8: how many entries of the list share a scale
+from .sparse_values import FORMATS
+from .topk_scopes import SCOPES
 
 
 @register("topk")
 class TopK(Compressor):
-    """The k = ratio n values of largest magnitude in the whole bucket, exactly, ties to the lowest index (Aji & Heafield,
-    "Sparse communication for distributed gradient descent", EMNLP 2017; error feedback: Stich et al., "Sparsified SGD
-    with memory", NeurIPS 2018).
+    """The k = ratio n values of largest magnitude, exactly, ties to the lowest index (Aji & Heafield, "Sparse communication
+    for distributed gradient descent", EMNLP 2017; error feedback: Stich et al., "Sparsified SGD with memory", NeurIPS 2018).
 
         S = the k indices of largest |x|,   decoded_i = x_i for i in S, else 0
         |x - decoded|^2 <= (1 - k/n) |x|^2: biased, and a contraction, which error feedback needs
 
-    values=float32: 6 bytes per entry, 4 for the value and 2 for the index within a tile of 65536 elements;
-    values=bf16: 4 bytes; values=int8: 3 + 1/16 bytes, blocks of 64 entries share a scale. What rounding a value loses
-    stays in the residual. A tile costs 8 bytes more.
+    scope=global: the largest of the whole bucket. An index takes 2 bytes, and a tile of 65536 elements 8 bytes more.
+    scope=block: the largest round(1024 ratio) of each of n // 1024 blocks, and of the n % 1024 elements that are left as
+        many as ratio says, rounded up. Block j is the 32 lines t of 32 elements from (t (n // 1024) + j) 32 on, so that it
+        has a share of every layer; on real gradients this keeps 0.85 to 0.97 of the energy that scope=global keeps. One
+        pass whatever the gradient, no state. An index takes 10 bits, in one stream over the whole list.
+
+    values=float32: 4 bytes per entry; values=bf16: 2 bytes; values=fp8 (e4m3) and int8: 1 byte, values=int4: 1/2 byte, and
+    4 bytes for each 64 entries, which share a scale. What rounding a value loses stays in the residual.
 
     warmup: in the first `warmup` steps the ratio falls in four equal stages from 25 % to its value (Lin et al., "Deep
     Gradient Compression", ICLR 2018): early gradients change fast, and what waits in the residual then is stale.
@@ -33,10 +36,11 @@ class TopK(Compressor):
     """
 
     collective = "gather"
-    uses = {"topk:ratio=0.01": "very slow links, few ranks"}
+    uses = {"topk:ratio=0.01": "very slow links, few ranks", "topk:scope=block": "the same, at one speed whatever the gradient"}
 
     ratio: float = 0.01
-    values: Literal["float32", "bf16", "int8"] = "float32"
+    scope: Literal["global", "block"] = "global"
+    values: Literal[tuple(FORMATS)] = "float32"
     warmup: int = 100
     momentum: float = 0.0
     ef: bool = True
@@ -53,7 +57,7 @@ class TopK(Compressor):
 
     @property
     def witness(self) -> str:
-        return "scales" if self.values == "int8" else "values"
+        return FORMATS[self.values].witness
 
     @property
     def slots(self) -> int:
@@ -66,38 +70,29 @@ class TopK(Compressor):
         return dataclasses.replace(self, warmup=0, ratio=0.25 * (self.ratio / 0.25) ** (stage / 4))
 
     def k(self, n: int) -> int:
-        return min(n, max(1, round(self.ratio * n)))
+        return SCOPES[self.scope].count(n, self.ratio)
 
     def fields(self, n):
-        k = self.k(n)
-        place = [("index", torch.int16, k), ("starts", torch.int64, -(-n // _TILE))]
-        if self.values == "int8":
-            return [("codes", torch.int8, k), ("scales", torch.float32, -(-k // _VALUE_BLOCK)), *place]
-        return [("values", {"float32": torch.float32, "bf16": torch.bfloat16}[self.values], k), *place]
+        return FORMATS[self.values].fields(self.k(n)) + SCOPES[self.scope].fields(n, self.ratio)
 
     def encode(self, kernels, x, residual, *fields):
-        *coded, index, starts = fields
         velocity = None
         if residual is not None and self.momentum:
             residual, velocity = residual
             x = self._accelerate(x, velocity, kernels.loss_scale)
-        k, one = index.numel(), kernels.scratch("one", torch.float32, 1).fill_(1.0)
+        scope, k = SCOPES[self.scope], self.k(x.numel())
+        coded, placed = self._split(fields, k)
         values = coded[0] if self.values == "float32" else kernels.scratch("values", torch.float32, k)
-        workspace = kernels.scratch("workspace", torch.uint8, kernels.topk_workspace(x.numel(), k))
-        kernels.topk_encode(x, residual, kernels.loss_scale, values, index, starts, workspace)
+        places = scope.encode(kernels, x, residual, self.ratio, values, *placed)
         if velocity is not None:
-            tile = torch.searchsorted(starts, torch.arange(k, device=x.device), right=True) - 1
-            sent = (tile * _TILE + (index.long() & 0xFFFF))[torch.isfinite(values)]
-            velocity.index_fill_(0, sent, 0.0)
+            sent = scope.positions(x.numel(), self.ratio, *places)
+            velocity.index_fill_(0, sent[torch.isfinite(values)], 0.0)
         if self.values == "float32":
             return
-        error = kernels.scratch("error", torch.float32, k).zero_()
-        if self.values == "bf16":
-            kernels.dense_encode(values, error, one, *coded)
-        else:
-            kernels.quant_encode(values, error, one, *coded, 8, _VALUE_BLOCK, False, (0, 0, 0))
+        error, one = kernels.scratch("error", torch.float32, k).zero_(), kernels.scratch("one", torch.float32, 1).fill_(1.0)
+        FORMATS[self.values].encode(kernels, values, error, one, *coded)
         if residual is not None:
-            kernels.sparse_add(residual, kernels.loss_scale, error, index, starts)
+            scope.add(kernels, residual, self.ratio, error, *places)
 
     def _accelerate(self, x: Tensor, velocity: Tensor, loss_scale: Tensor) -> Tensor:
         """velocity <- momentum velocity + x / loss_scale; returns it in the units of x, float32. Where x is not finite, x
@@ -107,19 +102,19 @@ class TopK(Compressor):
         return torch.where(finite, velocity * loss_scale, x)
 
     def decode_sum(self, kernels, out, weight, *fields):
-        *coded, index, starts = fields
-        if self.values == "float32":
-            return kernels.topk_decode_sum(out, weight, *coded, index, starts)
-        # One row at a time to float32: the sum of one row is the row. The places move beside the values.
-        rows, k = index.shape
-        wide = Layout([("values", torch.float32, k), ("index", torch.int16, k), ("starts", torch.int64, starts.shape[1])])
+        scope, n = SCOPES[self.scope], out.numel()
+        k, rows = self.k(n), fields[0].shape[0]
+        coded, placed = self._split(fields, k)
+        if self.values == "float32" and scope.places(n, k) == scope.fields(n, self.ratio):
+            return scope.decode_sum(kernels, out, weight, self.ratio, *coded, *placed)
+        # One row at a time into the form that the ops add up: float32 values, and plain places beside them.
+        wide = Layout([("values", torch.float32, k), *scope.places(n, k)])
         values, *places = wide.views(kernels.scratch("wide", torch.uint8, rows * wide.nbytes).view(rows, wide.nbytes))
-        for place, given in zip(places, (index, starts)):
-            place.copy_(given)
         for r in range(rows):
-            row = [field[r : r + 1] for field in coded]
-            if self.values == "bf16":
-                kernels.dense_decode_sum(values[r], 1.0, *row)
-            else:
-                kernels.quant_decode_sum(values[r], 1.0, *row, 8, _VALUE_BLOCK)
-        kernels.topk_decode_sum(out, weight, values, *places)
+            FORMATS[self.values].decode(kernels, values[r], *(field[r : r + 1] for field in coded))
+            scope.read(kernels, n, [place[r] for place in places], [field[r] for field in placed])
+        scope.decode_sum(kernels, out, weight, self.ratio, values, *places)
+
+    def _split(self, fields, k: int):
+        count = len(FORMATS[self.values].fields(k))
+        return fields[:count], fields[count:]

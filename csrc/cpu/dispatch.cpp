@@ -116,6 +116,32 @@ void run(const SparseAdd& op, int) {
     }
   }
 }
+void run(const BlockTopkEncode& op, int threads) {
+  split(op.in.n, kBlock, threads, [&](int64_t begin, int64_t end) { chosen->blocktopk_encode(op, begin, end); });
+}
+void run(const BlockTopkDecodeSum& op, int threads) {
+  split(op.out.n, kBlock, threads, [&](int64_t begin, int64_t end) { chosen->blocktopk_decode_sum(op, begin, end); });
+}
+void run(const BlockTopkAdd& op, int) {
+  DefaultFloats floats;
+  const float inverse = 1.0f / *op.loss_scale;
+  const int64_t blocks = op.n / kBlock;
+  for (int64_t block = 0; block <= blocks; ++block) {
+    const int64_t from = block * op.k, to = block < blocks ? from + op.k : op.count, width = block < blocks ? kBlock : op.n % kBlock;
+    int64_t highest = -1;
+    for (int64_t e = from; e < to; ++e) {
+      const int64_t i = op.index[e], at = block < blocks ? (i / kLine * blocks + block) * kLine + i % kLine : blocks * kBlock + i;
+      if (i > highest && i < width) op.residual[at] = op.residual[at] + op.values[e] * inverse;
+      highest = std::max(highest, i);
+    }
+  }
+}
+void run(const RandomkEncode& op, int threads) {
+  split(op.in.n, 1, threads, [&](int64_t begin, int64_t end) { chosen->randomk_encode(op, begin, end); });
+}
+void run(const RandomkDecodeSum& op, int threads) {
+  split(op.out.n, 1, threads, [&](int64_t begin, int64_t end) { chosen->randomk_decode_sum(op, begin, end); });
+}
 
 void axpy(float* r, const float* g, int64_t n, int threads) {
   split(n, 64, threads, [&](int64_t begin, int64_t end) { chosen->axpy(r, g, 1.0f, begin, end); });

@@ -13,6 +13,8 @@
 #include "sign.h"
 #include "hadamard.h"
 #include "topk.h"
+#include "blocktopk.h"
+#include "randomk.h"
 
 namespace commopt::cpu {
 
@@ -26,7 +28,9 @@ const Table COMMOPT_JOIN(table_, COMMOPT_ISA) = {
     absmax, float_encode, float_decode_sum,
     quant_encode, quant_decode_sum, ternary_encode, ternary_decode_sum, sign_encode, sign_decode_sum,
     hadamard_encode, hadamard_keep, hadamard_decode,
-    topk_scan, topk_keys, topk_emit, topk_decode_sum, axpy,
+    topk_scan, topk_keys, topk_emit, topk_decode_sum,
+    blocktopk_encode, blocktopk_decode_sum, randomk_encode, randomk_decode_sum,
+    axpy,
 };
 
 }  // namespace commopt::cpu

@@ -26,6 +26,13 @@ void run(const HadamardDecode&, int threads);
 void run(const TopkEncode&, int threads);
 void run(const TopkDecodeSum&, int threads);
 void run(const SparseAdd&, int threads);
+void run(const BlockTopkEncode&, int threads);
+void run(const BlockTopkDecodeSum&, int threads);
+void run(const BlockTopkAdd&, int threads);
+void run(const BitsPack&, int threads);
+void run(const BitsUnpack&, int threads);
+void run(const RandomkEncode&, int threads);
+void run(const RandomkDecodeSum&, int threads);
 
 int64_t topk_workspace(int64_t n, int64_t k);  // bytes
 void axpy(float* r, const float* g, int64_t n, int threads);  // r += g, what the benches compare with

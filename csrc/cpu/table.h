@@ -64,6 +64,10 @@ struct Table {
   int64_t (*topk_keys)(const SegmentStore&, const TopkPart&, uint32_t low, uint32_t high, uint32_t* keys);  // of its candidates
   void (*topk_emit)(const TopkEmit&, const TopkPart&, int64_t position, int64_t ties);
   void (*topk_decode_sum)(const TopkDecodeSum&, float* tile, int64_t begin, int64_t end);  // begin: multiple of kTile; tile: scratch [kTile]
+  void (*blocktopk_encode)(const BlockTopkEncode&, int64_t begin, int64_t end);  // begin: multiple of kBlock, as the end but for the last
+  void (*blocktopk_decode_sum)(const BlockTopkDecodeSum&, int64_t begin, int64_t end);
+  void (*randomk_encode)(const RandomkEncode&, int64_t begin, int64_t end);  // the strata that begin there
+  void (*randomk_decode_sum)(const RandomkDecodeSum&, int64_t begin, int64_t end);
   void (*axpy)(float* r, const float* g, float s, int64_t begin, int64_t end);
 };
 

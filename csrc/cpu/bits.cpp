@@ -1,0 +1,35 @@
+// A list of small integers as a stream of bits.
+#include <string.h>
+
+#include "run.h"
+
+namespace commopt::cpu {
+
+void run(const BitsPack& op, int) {
+  const uint32_t mask = (1u << op.width) - 1;
+  uint8_t* to = op.packed;
+  uint64_t waiting = 0;
+  int bits = 0;
+  for (int64_t i = 0; i < op.count; ++i) {
+    waiting |= (uint64_t)((uint16_t)op.index[i] & mask) << bits;
+    bits += op.width;
+    if (bits >= 32) {
+      memcpy(to, &waiting, 4);
+      to += 4, waiting >>= 32, bits -= 32;
+    }
+  }
+  memcpy(to, &waiting, (size_t)(bits + 7) / 8);
+}
+
+void run(const BitsUnpack& op, int) {
+  const uint32_t mask = (1u << op.width) - 1;
+  const int64_t bytes = (op.count * op.width + 7) / 8;
+  for (int64_t i = 0, bit = 0; i < op.count; ++i, bit += op.width) {
+    uint32_t word = 0;
+    const int64_t byte = bit / 8, left = bytes - byte;
+    memcpy(&word, op.packed + byte, (size_t)(left < 4 ? left : 4));
+    op.index[i] = (int16_t)(word >> bit % 8 & mask);
+  }
+}
+
+}  // namespace commopt::cpu
