@@ -9,11 +9,11 @@ from .codec import NAN, NON_FINITE, accumulate, float_of, keep, magnitude, narro
 
 
 @triton.jit
-def strata(seed_low, seed_high, step, stream, k, n, ROWS: tl.constexpr):
-    """Of this program's strata, all [ROWS, 1]: which they are, their first element, their size and the element drawn."""
+def strata(seed_low, seed_high, step, stream, each, longer, ROWS: tl.constexpr):
+    """Strata of `each` elements, the first `longer` of them with one more. Of this program's strata, all [ROWS, 1]: which they are, their first element, their size and the element drawn."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    size = n // k + (row < n % k).to(tl.int64)
-    first = row * (n // k) + tl.minimum(row, n % k)
+    size = each + (row < longer).to(tl.int64)
+    first = row * each + tl.minimum(row, longer)
     group = row // 4
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     c0, c1, c2, c3 = tl.philox_impl(
@@ -33,12 +33,12 @@ def piece(row, first, size, chunk, k, WIDTH: tl.constexpr):
     return first + column, (row < k) & (column < size)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "k"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "k", "each", "longer"])
 def randomk_encode(
-    x, residual, loss_scale, values, seed_low, seed_high, step, stream, k, n, chunks,
+    x, residual, loss_scale, values, seed_low, seed_high, step, stream, k, each, longer, chunks,
     SCALED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    row, first, size, drawn = strata(seed_low, seed_high, step, stream, k, n, ROWS)
+    row, first, size, drawn = strata(seed_low, seed_high, step, stream, each, longer, ROWS)
     most = tl.zeros((ROWS,), tl.int32)
     for chunk in range(chunks):
         at, inside = piece(row, first, size, chunk, k, WIDTH)
@@ -56,11 +56,11 @@ def randomk_encode(
         keep(residual, loss_scale, at, inside, tl.where(at == drawn, 0.0, acc), usable, kept)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "k"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream", "k", "each", "longer"])
 def randomk_decode_sum(
-    out, weight, values, seed_low, seed_high, step, stream, rows, stride, k, n, chunks, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    out, weight, values, seed_low, seed_high, step, stream, rows, stride, k, each, longer, chunks, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    row, first, size, drawn = strata(seed_low, seed_high, step, stream, k, n, ROWS)
+    row, first, size, drawn = strata(seed_low, seed_high, step, stream, each, longer, ROWS)
     total = tl.load(values + row, mask=row < k, other=0.0)
     for _ in range(1, rows):
         values += stride

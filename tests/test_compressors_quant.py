@@ -245,7 +245,7 @@ def test_exact_positions_keep_no_residual(spec):
     """And the others keep what they would without them."""
     n, exact = 2000, torch.cat([torch.arange(300, 340), torch.tensor([1500, 1999])])
     for parts in ([Part(0, n, commopt.parse(spec))], [Part(0, 1000, commopt.parse("int4")), Part(1000, n, commopt.parse(spec))]):
-        message = Message(parts, exact, torch.device("cpu"), "x")
+        message = Message(parts, exact, torch.device("cpu"), "x", "x")
         row, residual = torch.zeros(message.nbytes, dtype=torch.uint8), torch.zeros(n)
         message.encode(normal(n), residual, row, (0, 0), None)
         assert not residual[exact].any()

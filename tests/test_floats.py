@@ -339,7 +339,7 @@ def test_what_is_not_finite_is_sent_on_seen_and_not_kept(spec, bad):
     sent = coded(spec, x, kept)
     assert not torch.isfinite(sent[at]) and torch.isfinite(kept).all()
     same(kept[at], before[at])
-    message = Message([Part(0, n, commopt.parse(spec))], torch.empty(0, dtype=torch.int64), torch.device("cpu"), "w")
+    message = Message([Part(0, n, commopt.parse(spec))], torch.empty(0, dtype=torch.int64), torch.device("cpu"), "w", "w")
     rows = torch.zeros(3, message.nbytes, dtype=torch.uint8)
     for row in range(3):
         message.encode(normal(n, row), None, rows[row], (0, 0), None)

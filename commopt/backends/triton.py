@@ -228,13 +228,13 @@ def _strata(n: int, k: int) -> tuple[int, int, dict[str, int]]:
 def randomk_encode(x, _, residual, loss_scale, n, values, k, scaled, seed, step, stream, device):
     programs, chunks, constants = _strata(n, k)
     draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
-    _launch(device, randomk.randomk_encode, programs, x, residual, loss_scale, values, *draw, k, n, chunks, SCALED=bool(scaled), **constants)
+    _launch(device, randomk.randomk_encode, programs, x, residual, loss_scale, values, *draw, k, *divmod(n, max(k, 1)), chunks, SCALED=bool(scaled), **constants)
 
 
 def randomk_decode_sum(out, _, weight, n, rows, stride, values, k, seed, step, stream, device):
     programs, chunks, constants = _strata(n, k)
     draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
-    _launch(device, randomk.randomk_decode_sum, programs, out, weight, values, *draw, rows, values.stride(0), k, n, chunks, **constants)
+    _launch(device, randomk.randomk_decode_sum, programs, out, weight, values, *draw, rows, values.stride(0), k, *divmod(n, max(k, 1)), chunks, **constants)
 
 
 _LAUNCHERS = {name: f for name, f in globals().items() if getattr(f, "__module__", "") == __name__ and name[0] != "_"}

@@ -23,22 +23,13 @@ Done = Callable[[Exception | None], None]  # called once, when an exchange has e
 
 
 class Runner:
-    """The threads and the stream of one handle. Phases: how many may follow the first in any collective."""
-
-    PHASES = 5
+    """The threads and the stream of one handle."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._queues: list[queue.SimpleQueue] = []
-        self._threads: list[threading.Thread] = []
         self.clock: dict[str, float] = {}
         self.reset_clock()
-        if self.stream is None:
-            self._queues = [queue.SimpleQueue() for _ in range(self.PHASES)]
-            for i in range(self.PHASES):
-                thread = threading.Thread(target=_serve, args=(self._queues, i, self.clock), name=f"commopt-{i}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
+        self._stages = Stages(self.clock)
         atexit.register(_stop, weakref.ref(self))
 
     def exchange(self, phases: Phases, x: Tensor, done: Done) -> Future:
@@ -46,7 +37,7 @@ class Runner:
         if self.stream is not None:
             return self._on_stream(phases, x, done)
         future: Future = Future()
-        _advance(self._queues, 0, self.clock, phases, None, x, future, done)
+        self._stages.advance(0, phases, None, x, future, done)
         return future
 
     def _on_stream(self, phases: Phases, x: Tensor, done: Done) -> Future:
@@ -72,40 +63,59 @@ class Runner:
         self.clock.update(encode=0.0, comm=0.0, decode=0.0)
 
     def stop(self) -> None:
+        self._stages.stop()
+
+
+class Stages:
+    """A thread for each phase that follows a first one, started when an exchange first has such a phase. Threads hold this
+    and not the runner, so that a handle that nobody holds any more goes."""
+
+    def __init__(self, clock: dict[str, float]):
+        self.clock = clock
+        self._queues: list[queue.SimpleQueue] = []
+        self._threads: list[threading.Thread] = []
+
+    def advance(self, stage: int, phases: Phases, failed: Exception | None, x: Tensor, future: Future, done: Done) -> None:
+        """Runs the phase that is due, then hands the exchange to the thread that waits for what it has begun."""
+        failure, begin = None, time.perf_counter()
+        try:
+            pending, now = phases.send(failed), time.perf_counter()
+            self.clock["encode"] += now - begin
+            return self._queue(stage).put((pending, now, phases, x, future, done))
+        except StopIteration:
+            self.clock["decode"] += time.perf_counter() - begin
+        except Exception as error:
+            failure = error
+        try:
+            done(failure)
+        finally:
+            future.set_result(x)
+
+    def _queue(self, stage: int) -> queue.SimpleQueue:
+        if stage == len(self._queues):  # only the stage before it, one thread, comes here first
+            self._queues.append(queue.SimpleQueue())
+            self._threads.append(threading.Thread(target=self._serve, args=(stage,), name=f"commopt-{stage}", daemon=True))
+            self._threads[-1].start()
+        return self._queues[stage]
+
+    def _serve(self, stage: int) -> None:
+        jobs = self._queues[stage]
+        while (job := jobs.get()) is not None:
+            pending, begun, phases, x, future, done = job
+            failed = pending.wait()
+            self.clock["comm"] += time.perf_counter() - begun
+            self.advance(stage + 1, phases, failed, x, future, done)
+            del job, pending, phases, x, future, done  # nothing of a finished exchange lives until the next
+
+    def stop(self) -> None:
         """Ends the threads. One that is still running when the interpreter goes down would abort the process; one that
         waits for a peer that will never answer is left to the end of the process."""
-        for q in self._queues:
-            q.put(None)
+        for jobs in self._queues:
+            jobs.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=1.0)
         self._threads.clear()
-
-
-def _advance(queues: list, stage: int, clock: dict, phases: Phases, failed: Exception | None, x: Tensor, future: Future, done: Done) -> None:
-    """Runs the phase that is due, then hands the exchange to the thread that waits for what it has begun."""
-    failure, begin = None, time.perf_counter()
-    try:
-        pending, now = phases.send(failed), time.perf_counter()
-        clock["encode"] += now - begin
-        return queues[stage].put((pending, now, phases, x, future, done))
-    except StopIteration:
-        clock["decode"] += time.perf_counter() - begin
-    except Exception as error:
-        failure = error
-    try:
-        done(failure)
-    finally:
-        future.set_result(x)
-
-
-def _serve(queues: list, stage: int, clock: dict) -> None:
-    while (job := queues[stage].get()) is not None:
-        pending, begun, phases, x, future, done = job
-        failed = pending.wait()
-        clock["comm"] += time.perf_counter() - begun
-        _advance(queues, stage + 1, clock, phases, failed, x, future, done)
-        del job, pending, phases, x, future, done  # nothing of a finished exchange lives until the next
 
 
 def _stop(runner: weakref.ref) -> None:
