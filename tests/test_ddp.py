@@ -56,6 +56,14 @@ def test_all_ranks_hold_the_same_bits_and_nothing_is_lost(rank, world, spec, rul
     assert len(handle.plan) > 2, handle.plan
 
 
+@pytest.mark.parametrize("spec", [
+    "fp8", "mxfp8:ef=true", "mxfp4", "nvfp4", "natural", "int2", "ternary", "sign", "int4:rotate=hadamard",
+    "topk:ratio=0.05,scope=block,values=fp8", "randomk:ratio=0.1", "powersgd:rank=2", "dct"])
+@each_rank(3)
+def test_so_they_do_with_every_other_method(rank, world, spec):
+    test_all_ranks_hold_the_same_bits_and_nothing_is_lost.body(rank, world, spec, None)
+
+
 @each_rank(2, 4)
 def test_none_is_plain_ddp_bit_for_bit(rank, world):
     plain, ours = mixed(), mixed()
