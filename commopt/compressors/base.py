@@ -85,6 +85,12 @@ def compressors() -> dict[str, dict[str, tuple[type, Any]]]:
     return {name: keys(cls) for name, cls in sorted(_table.classes.items())}
 
 
+def check_block(block: int) -> None:
+    """ValueError unless the kernels can take blocks of this length: eight elements are their unit, and one random draw's."""
+    if block < 8 or block % 8 or block > 65536:
+        raise ValueError(f"block must be a multiple of 8 from 8 to 65536, got {block}")
+
+
 def never_larger(compressor: Compressor, n: int, dtype: torch.dtype = torch.float32) -> Compressor:
     """The compressor, or `none` where its message for n gradient elements would be no smaller than the gradient itself."""
     dense = n * dtype.itemsize

@@ -2,7 +2,7 @@ from typing import Literal
 
 import torch
 
-from .base import Compressor, register
+from .base import Compressor, check_block, register
 
 
 @register("fp8")
@@ -29,8 +29,7 @@ class FP8(Compressor):
     ef: bool = False
 
     def __post_init__(self):
-        if self.block < 8 or self.block % 8 or self.block > 65536:
-            raise ValueError(f"block must be a multiple of 8 from 8 to 65536, got {self.block}")
+        check_block(self.block)
 
     @property
     def biased(self) -> bool:

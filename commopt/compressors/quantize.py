@@ -2,7 +2,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from .base import Compressor, register
+from .base import Compressor, check_block, register
 from .rotation import rotatable
 
 
@@ -23,8 +23,7 @@ class _Integers(Compressor):
     witness = "scales"
 
     def __post_init__(self):
-        if self.block < 8 or self.block % 8 or self.block > 65536:
-            raise ValueError(f"block must be a multiple of 8 from 8 to 65536, got {self.block}")
+        check_block(self.block)
 
     @property
     def biased(self) -> bool:

@@ -2,7 +2,7 @@ from typing import Literal
 
 import torch
 
-from .base import Compressor, register
+from .base import Compressor, check_block, register
 from .rotation import rotatable
 
 
@@ -33,8 +33,7 @@ class Sign(Compressor):
     ef: bool = True
 
     def __post_init__(self):
-        if self.block < 8 or self.block % 8 or self.block > 65536:
-            raise ValueError(f"block must be a multiple of 8 from 8 to 65536, got {self.block}")
+        check_block(self.block)
 
     def fields(self, n):
         return [("signs", torch.uint8, -(-n // 8)), ("scales", torch.float32, -(-n // self.block))]
