@@ -24,8 +24,8 @@ constexpr int64_t kMaxParts = 64;
 
 int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
-// Room for 4 k candidates, and for every part's last segment to be nearly empty.
-int64_t segment_count(int64_t n, int64_t k) { return (4 * k) / (kSegment - kGroup - kSlack) + std::min(tiles_of(n), kMaxParts) + 8; }
+// Room for 2 k candidates and some more, and for every part's last segment to be nearly empty.
+int64_t segment_count(int64_t n, int64_t k) { return (2 * k + n / 256) / (kSegment - kGroup - kSlack) + std::min(tiles_of(n), kMaxParts) + 8; }
 
 // What is carried from call to call; all zero before the first.
 struct Carried {
