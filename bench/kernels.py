@@ -69,7 +69,7 @@ OPS = {
     "ternary": Op("ternary", block=320, stochastic=True),
     "ternary nearest": Op("ternary", block=320),
     "sign": Op("sign", block=1024),
-    "hadamard": Op("hadamard"),
+    "hadamard": Op("hadamard", rows=1),
     "topk 1%": Op("topk"),
     "topk 0.1%": Op("topk", share=0.001),
     "topk rising": Op("topk", rising=True),
@@ -87,7 +87,7 @@ OPS = {
     "int2 decode": Op("quant", decode=True, bits=2, block=64),
     "ternary decode": Op("ternary", decode=True, block=320),
     "sign decode": Op("sign", decode=True, block=1024),
-    "hadamard decode": Op("hadamard", decode=True),
+    "hadamard decode": Op("hadamard", decode=True, rows=1),
     "topk 1% decode": Op("topk", decode=True),
     "topk 1% of 4": Op("topk", decode=True, rows=4),
     "blocktopk of 4": Op("blocktopk", decode=True, rows=4),
@@ -134,7 +134,7 @@ class Run:
         elif op.method == "sign":
             shapes, self.extra = ((-(-n // 8), torch.uint8), (blocks, torch.float32)), (op.block,)
         elif op.method == "hadamard":  # its output is no message: one of it is enough
-            shapes, self.extra, rows = ((n, torch.float32),), (), 1
+            shapes, self.extra = ((n, torch.float32),), ()
         elif op.method == "blocktopk":
             k = round(1024 * op.share)
             count = n // 1024 * k + -(-(n % 1024) * k // 1024)
@@ -158,7 +158,7 @@ class Run:
             self.workspace.zero_()
 
     def encode(self, turn: int, row: int = 0) -> None:
-        x, fields = self.grads[turn % len(self.grads)], [field[row % len(field)] for field in self.fields]
+        x, fields = self.grads[turn % len(self.grads)], [field[row] for field in self.fields]
         if self.op.scaling == "e4m3":
             self.kernels.absmax(x, self.residual, self.scale, fields[-1], 448.0 * 6.0)
         if self.op.method in ("quant", "ternary", "float"):

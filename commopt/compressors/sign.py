@@ -25,7 +25,6 @@ class Sign(Compressor):
     collective = "two_shot"
     uses = {"sign": "the slowest links, any number of ranks"}
     witness = "scales"
-    biased = True
     keeps_zero = False
 
     block: int = 1024
