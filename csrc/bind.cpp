@@ -105,6 +105,12 @@ template <class Run> void bind_cpu_ops(py::module_ m, Run run) {
   m.def("bits_unpack", [=](ptr packed, ptr index, int64_t count, int width, int64_t where) {
     run(BitsUnpack{at<uint8_t>(packed), at<int16_t>(index), count, width}, where);
   }, Free());
+  m.def("eliasfano_pack", [=](ptr index, ptr starts, ptr high, int64_t n, int64_t k, int bits, int64_t where) {
+    run(EliasFanoPack{at<uint16_t>(index), at<int64_t>(starts), at<uint8_t>(high), n, k, bits}, where);
+  }, Free());
+  m.def("eliasfano_unpack", [=](ptr high, ptr index, ptr starts, int64_t n, int64_t k, int bits, int64_t where) {
+    run(EliasFanoUnpack{at<uint8_t>(high), at<uint16_t>(index), at<int64_t>(starts), n, k, bits}, where);
+  }, Free());
   m.def("randomk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, int64_t k, bool scaled, uint64_t seed, uint32_t step,
                               uint32_t stream, int64_t where) {
     run(RandomkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), k, scaled, seed, step, stream}, where);

@@ -200,6 +200,20 @@ struct BitsUnpack {
   int64_t count;
   int width;
 };
+struct EliasFanoPack {
+  const uint16_t* index;  // [k], as topk_encode writes it
+  const int64_t* starts;
+  uint8_t* high;          // [ceil((k + (n >> bits)) / 8)]
+  int64_t n, k;
+  int bits;               // of an element that are not in it, 1 to 16
+};
+struct EliasFanoUnpack {
+  const uint8_t* high;
+  uint16_t* index;        // [k], with the low bits in it
+  int64_t* starts;
+  int64_t n, k;
+  int bits;
+};
 struct RandomkEncode {
   Input in;
   float* values;  // [k]

@@ -135,6 +135,8 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
     out = torch.zeros(n, dtype=dtype, device=device)
     getattr(kernels, f"{op}_decode_sum")(out, 1 / rows, *fields.values(), *extra)
     results |= fields | {"out": out}
+    if op == "topk":
+        results |= _coded(kernels, n, fields["index"][0], fields["starts"][0])
     if op == "topk" and residual:
         r = results["residual"][0].clone()
         kernels.sparse_add(r, scale, *(f[0] for f in fields.values()))
@@ -143,6 +145,16 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         results["returned"] = results["residual"][0].clone()
         kernels.blocktopk_add(results["returned"], scale, *(f[0] for f in fields.values()), k)
     return results
+
+
+def _coded(kernels, n: int, index: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A list's upper bits in unary, and the list read from them and from the low bits."""
+    k, bits = index.numel(), (1, 6, 13, 16)[n % 4]
+    high = torch.full((-(-(k + (n >> bits)) // 8),), 0x5A, dtype=torch.uint8, device=index.device)
+    kernels.eliasfano_pack(index, starts, high, n, bits)
+    again, begin = index & (-1 if bits == 16 else (1 << bits) - 1), torch.full_like(starts, -7)
+    kernels.eliasfano_unpack(high, again, begin, n, bits)
+    return {"high": high, "index again": again, "starts again": begin}
 
 
 def _run_hadamard(kernels, n: int, kind: str, dtype: torch.dtype, residual: bool, scale: torch.Tensor, device, offset: int):

@@ -52,8 +52,21 @@ def test_each_block_sends_its_largest(n, kind):
 def test_the_bytes_of_a_block_list():
     n = 1 << 20
     assert commopt.wire_bytes("topk:scope=block", n) == 10240 * 4 + 10240 * 10 // 8
-    assert commopt.wire_bytes("topk:scope=block,values=int8", n) == 10240 + 160 * 4 + 10240 * 10 // 8
-    assert commopt.wire_bytes("topk:values=int4", 1000) == 16 + 16 + 32 + 16  # 5 bytes of codes, 4 of scale, 20 of index, 8 of starts
+    assert commopt.wire_bytes("topk:scope=block,values=int8", n) == 10240 + 40 * 4 + 10240 * 10 // 8
+    assert commopt.wire_bytes("topk:scope=block,index=u16", n) == 10240 * 6
+    assert commopt.wire_bytes("topk:values=int4,index=u16", 1000) == 16 + 16 + 32 + 16  # 5 bytes of codes, 4 of scale, 20 of index, 8 of starts
+    assert commopt.wire_bytes("topk:values=int4", 1000) == 16 + 16 + 16 + 16  # 8 bytes of low bits, 4 of high ones
+
+
+@pytest.mark.parametrize("ratio, most", [(0.0001, 15.38), (0.001, 11.98), (0.01, 8.564), (0.1, 5.251), (0.5, 3.001)])
+def test_the_bits_of_an_index(ratio, most):
+    """Whatever the list: at most a bit more than the entropy of a random one, and 0.65 where it is sparse."""
+    n = 1 << 24
+    compressor = commopt.parse(f"topk:ratio={ratio},warmup=0")
+    bits = 8 * (commopt.wire_bytes(compressor, n) - 4 * compressor.k(n)) / compressor.k(n)
+    entropy = -math.log2(ratio) - (1 - ratio) / ratio * math.log2(1 - ratio)
+    assert entropy < bits < min(most, entropy + (0.65 if ratio <= 0.1 else 1.01))
+    assert commopt.wire_bytes("topk:ratio=0.01,values=int8", n) <= 0.021 * n
 
 
 @pytest.mark.parametrize("spec", ["topk:ratio=0.1,values=int4", *BLOCK[1:]])

@@ -35,7 +35,7 @@ else:
     NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     POINTER = {
         torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8",
-        torch.int16: "*i16", torch.int64: "*i64",
+        torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
     }
 
     def recorded(calls, monkeypatch) -> list:
@@ -117,7 +117,7 @@ else:
 
     def test_every_kernel_is_compiled_here(monkeypatch):
         launched = {kernel.__name__ for kernel, _, _ in recorded(every_kernel, monkeypatch)}
-        families = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk", "bits", "blocktopk", "randomk")
+        families = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk", "bits", "eliasfano", "blocktopk", "randomk")
         methods = [getattr(kernels, name) for name in families]
         defined = {name for m in methods for name in vars(m) if re.fullmatch(rf"({'|'.join(families)}|sparse)_\w+", name)} - {"bits_of"}
         assert launched == defined
@@ -138,7 +138,7 @@ else:
                 continue  # its machine code is made as that of 90
             (tmp_path / "cubin").write_bytes(made.asm["cubin"])
             sass = subprocess.run([NVDISASM, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
-            assert "FADD" in sass or name in ("topk_scan", "bits_pack", "bits_unpack"), name
+            assert "FADD" in sass or name in ("topk_scan", "bits_pack", "bits_unpack", "eliasfano_pack", "eliasfano_count", "eliasfano_unpack"), name
             # An IEEE division is five FFMA, and eleven more for all that need the slow way; a fused tile would add 16.
             divisions, fused = len(re.findall(r"\bdiv\.rn", ptx)), len(re.findall(r"\bFFMA", sass))
             assert fused <= (5 * divisions + 12 if divisions else 0), f"{name}: {fused} FFMA for {divisions} divisions"

@@ -42,10 +42,12 @@ BY_HAND = {
     # the scale is 127 / 7, so only 127 itself is not 0; q + 8, the even element in the low nibble
     "int4": fields(np.array([0x88, 0x88, 0x88, 0x8F, 0x08 | 0x80], "u1"), f32(np.float32(127) / np.float32(7))),
     "int4:block=8": fields(np.array([0x88, 0x88, 0x88, 0x8F, 0x8F], "u1"), f32(np.float32(127) / np.float32(7), np.float32(0.1) / np.float32(7))),
-    # three of nine: 127, -4, 3, in the order of the index; they begin tile 0
-    "topk:ratio=0.3333": fields(f32(-4, 3, 127), np.array([3, 5, 6], "<u2"), np.array([0], "<i8")),
-    "topk:ratio=0.3333,values=bf16": fields(np.array([0xC080, 0x4040, 0x42FE], "<u2"), np.array([3, 5, 6], "<u2"), np.array([0], "<i8")),
-    "topk:ratio=0.3333,values=int8": fields(np.array([-4, 3, 127], "i1"), f32(1), np.array([3, 5, 6], "<u2"), np.array([0], "<i8")),
+    # three of nine: 127, -4, 3, in the order of the index, 3, 5, 6: their lowest bits, then those above in unary, 1 + 0, 2 + 1 and 3 + 2
+    "topk:ratio=0.3333": fields(f32(-4, 3, 127), np.array([0b011], "u1"), np.array([0b101010], "u1")),
+    "topk:ratio=0.3333,values=int8": fields(np.array([-4, 3, 127], "i1"), f32(1), np.array([0b011], "u1"), np.array([0b101010], "u1")),
+    # or whole, and in tile 0 they begin at once
+    "topk:ratio=0.3333,index=u16": fields(f32(-4, 3, 127), np.array([3, 5, 6], "<u2"), np.array([0], "<i8")),
+    "topk:ratio=0.3333,values=bf16,index=u16": fields(np.array([0xC080, 0x4040, 0x42FE], "<u2"), np.array([3, 5, 6], "<u2"), np.array([0], "<i8")),
 }
 
 
@@ -64,9 +66,10 @@ PINNED = {
     "int8:rounding=stochastic": "1d1a0f46b5a2178239f46d39b237a471",
     "int4": "5fd6863dd45ffc2bb5e848107144a809",
     "int4:rounding=stochastic": "a825fb3b22b51efd0e65d86faa8b6643",
-    "topk:ratio=0.01": "14b5d630939f9a3f2c7425180f96349b",
-    "topk:ratio=0.01,values=bf16": "dfeba32b80614ee076a2b609b28be56a",
-    "topk:ratio=0.01,values=int8": "2accf212506759f29aa88c4de5a1f2fc",
+    "topk:ratio=0.01,index=u16": "14b5d630939f9a3f2c7425180f96349b",
+    "topk:ratio=0.01,values=bf16,index=u16": "dfeba32b80614ee076a2b609b28be56a",
+    "topk:ratio=0.01": "2f730f977d15e43d92ac0d4dd7e1958e",
+    "topk:ratio=0.01,values=int8": "1e9d392f999efca467edcc759de72ad2",
 }
 
 
@@ -99,7 +102,7 @@ def test_fields_begin_at_multiples_of_16_and_do_not_meet():
     assert (a == 1).all() and (c == 3).all() and (d == 4).all()
 
 
-SPECS = ["none", "fp16", "bf16", "int8", "int4", "topk", "int8:block=8", "int4:block=8", "topk:ratio=1.0", "topk:ratio=0.5,values=bf16", "topk:ratio=1.0,values=int8"]
+SPECS = ["none", "fp16", "bf16", "int8", "int4", "topk", "int8:block=8", "int4:block=8", "topk:ratio=1.0", "topk:ratio=0.5,values=bf16", "topk:ratio=1.0,values=int8", "topk:index=u16"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -121,6 +124,6 @@ def test_bytes_per_value():
     n = 2**24
     per = {spec: commopt.wire_bytes(spec, n) / n for spec in ("none", "bf16", "fp16", "int8", "int4", "topk", "topk:values=bf16", "topk:values=int8")}
     want = {"none": 4, "bf16": 2, "fp16": 2 + 4 / 1024, "int8": 1 + 4 / 256, "int4": 0.5 + 4 / 128,
-            "topk": 0.06, "topk:values=bf16": 0.04, "topk:values=int8": 0.01 * (3 + 1 / 16)}
+            "topk": 0.01 * (4 + 8.5625 / 8), "topk:values=bf16": 0.01 * (2 + 8.5625 / 8), "topk:values=int8": 0.01 * (1 + 4 / 256 + 8.5625 / 8)}
     for spec in want:
         assert per[spec] == pytest.approx(want[spec], rel=0.005), spec

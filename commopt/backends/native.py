@@ -105,6 +105,14 @@ def packed_bytes(op: str, count: int, width: int) -> int:
     return -(-count * width // 8)
 
 
+def upper_bytes(op: str, n: int, k: int, bits: int) -> int:
+    if not 1 <= bits <= 16:
+        raise ValueError(f"{op}: bits must be a number from 1 to 16, got {bits}")
+    if k > n:
+        raise ValueError(f"{op}: index holds {k} entries, but there are only {n} elements")
+    return -(-(k + (n >> bits)) // 8)
+
+
 def entries_of_blocks(op: str, n: int, count: int, k: int) -> None:
     last = count - n // BLOCK * k
     if not (0 <= k <= BLOCK and 0 <= last <= n % BLOCK):
@@ -299,6 +307,20 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         i = c.tensor("index", index, torch.int16, (None,))
         p = c.tensor("packed", packed, torch.uint8, (packed_bytes("bits_unpack", index.numel(), width),))
         module.bits_unpack(p, i, index.numel(), width, where(index.device))
+
+    def eliasfano_pack(index, starts, high, n, bits) -> None:
+        c = checker("eliasfano_pack")
+        i = c.tensor("index", index, torch.int16, (None,))
+        s = c.tensor("starts", starts, torch.int64, (-(-n // TILE),))
+        h = c.tensor("high", high, torch.uint8, (upper_bytes("eliasfano_pack", n, index.numel(), bits),))
+        module.eliasfano_pack(i, s, h, n, index.numel(), bits, where(index.device))
+
+    def eliasfano_unpack(high, index, starts, n, bits) -> None:
+        c = checker("eliasfano_unpack")
+        i = c.tensor("index", index, torch.int16, (None,))
+        s = c.tensor("starts", starts, torch.int64, (-(-n // TILE),))
+        h = c.tensor("high", high, torch.uint8, (upper_bytes("eliasfano_unpack", n, index.numel(), bits),))
+        module.eliasfano_unpack(h, i, s, n, index.numel(), bits, where(index.device))
 
     def randomk_encode(x, residual, loss_scale, values, scaled, draw) -> None:
         c = checker("randomk_encode")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 import triton
 
-from ..kernels import bits, blocktopk, dense, floats, half, hadamard, quant, randomk, sign, ternary, topk
+from ..kernels import bits, blocktopk, dense, eliasfano, floats, half, hadamard, quant, randomk, sign, ternary, topk
 from .native import bind
 
 _TILE = 4096  # elements of one program, 16 to a thread
@@ -215,6 +215,24 @@ def bits_pack(index, packed, count, width, device):
 
 def bits_unpack(packed, index, count, width, device):
     _launch(device, bits.bits_unpack, triton.cdiv(count, _TILE), packed, index, count, WIDTH=width, TILE=_TILE)
+
+
+def eliasfano_pack(index, starts, high, n, k, bits, device):
+    words = torch.zeros(triton.cdiv(high.numel(), 4), dtype=torch.int32, device=device)
+    tiles = starts.shape[0]
+    _launch(device, eliasfano.eliasfano_pack, tiles, index, starts, words, k, tiles, BITS=bits, STEP=2048)
+    high.copy_(words.view(torch.uint8)[: high.numel()])
+
+
+def eliasfano_unpack(high, index, starts, n, k, bits, device):
+    length = k + (n >> bits)
+    chunks = triton.cdiv(length + k, _TILE)
+    ones = torch.empty(chunks, dtype=torch.int64, device=device)
+    _launch(device, eliasfano.eliasfano_count, chunks, high, ones, length, TILE=_TILE)
+    before = torch.cumsum(ones, 0) - ones
+    starts.fill_(k)
+    starts[:1].zero_()
+    _launch(device, eliasfano.eliasfano_unpack, chunks, high, before, index, starts, length, k, starts.shape[0], BITS=bits, TILE=_TILE)
 
 
 def _strata(n: int, k: int) -> tuple[int, int, dict[str, int]]:

@@ -57,7 +57,7 @@ def _fp8(block: int) -> Format:
 FORMATS = {
     "float32": _dense(torch.float32),
     "bf16": _dense(torch.bfloat16),
-    "fp8": _fp8(64),
-    "int8": _integers(8, 64),
+    "fp8": _fp8(256),
+    "int8": _integers(8, 256),
     "int4": _integers(4, 64),
 }

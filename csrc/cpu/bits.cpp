@@ -23,12 +23,19 @@ void run(const BitsPack& op, int) {
 
 void run(const BitsUnpack& op, int) {
   const uint32_t mask = (1u << op.width) - 1;
-  const int64_t bytes = (op.count * op.width + 7) / 8;
-  for (int64_t i = 0, bit = 0; i < op.count; ++i, bit += op.width) {
-    uint32_t word = 0;
-    const int64_t byte = bit / 8, left = bytes - byte;
-    memcpy(&word, op.packed + byte, (size_t)(left < 4 ? left : 4));
-    op.index[i] = (int16_t)(word >> bit % 8 & mask);
+  const uint8_t *from = op.packed, *const end = from + (op.count * op.width + 7) / 8;
+  uint64_t waiting = 0;
+  int bits = 0;
+  for (int64_t i = 0; i < op.count; ++i) {
+    if (bits < op.width) {
+      uint32_t word = 0;
+      if (end - from >= 4) memcpy(&word, from, 4);
+      else memcpy(&word, from, (size_t)(end - from));
+      waiting |= (uint64_t)word << bits;
+      from += 4, bits += 32;
+    }
+    op.index[i] = (int16_t)(waiting & mask);
+    waiting >>= op.width, bits -= op.width;
   }
 }
 

@@ -31,6 +31,8 @@ void run(const BlockTopkDecodeSum&, int threads);
 void run(const BlockTopkAdd&, int threads);
 void run(const BitsPack&, int threads);
 void run(const BitsUnpack&, int threads);
+void run(const EliasFanoPack&, int threads);
+void run(const EliasFanoUnpack&, int threads);
 void run(const RandomkEncode&, int threads);
 void run(const RandomkDecodeSum&, int threads);
 

@@ -22,4 +22,5 @@ from .hadamard import hadamard_decode, hadamard_encode, hadamard_keep
 from .topk import TILE, sparse_add, topk_decode_sum, topk_encode, topk_workspace
 from .blocktopk import blocktopk_add, blocktopk_decode_sum, blocktopk_encode
 from .bits import bits_pack, bits_unpack
+from .eliasfano import eliasfano_pack, eliasfano_unpack
 from .randomk import randomk_decode_sum, randomk_encode

@@ -33,7 +33,7 @@ def topk_encode(
     keep(residual, error, size < NON_FINITE, loss_scale)
 
 
-def _positions(n: int, index: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+def positions(n: int, index: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """The element each list entry means, and whether it is one: entries before the first tile and entries that point
     past the end are none. A start outside the list or before its predecessor is taken as the nearest that is not."""
     k = index.numel()
@@ -49,12 +49,12 @@ def topk_decode_sum(out: Tensor, weight: float, values: Tensor, index: Tensor, s
     n = out.numel()
     total = torch.zeros(n, dtype=torch.float32, device=out.device)
     for v, i, s in zip(values, index, starts):
-        position, valid = _positions(n, i, s)
+        position, valid = positions(n, i, s)
         total.index_add_(0, position[valid], v[valid])
     out.copy_(total * torch.tensor(weight, dtype=torch.float32))
 
 
 def sparse_add(residual: Tensor, loss_scale: Tensor, values: Tensor, index: Tensor, starts: Tensor) -> None:
     """residual[selected] += values / loss_scale, with values: float32 [k] and index, starts as topk_encode wrote them."""
-    position, valid = _positions(residual.numel(), index, starts)
+    position, valid = positions(residual.numel(), index, starts)
     residual.index_add_(0, position[valid], values[valid] * (1.0 / loss_scale))
