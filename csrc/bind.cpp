@@ -90,6 +90,11 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
 // The ops that have no CUDA version.
 template <class Run> void bind_cpu_ops(py::module_ m, Run run) {
   using Free = py::call_guard<py::gil_scoped_release>;
+  m.def("threshold_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, ptr control,
+                                int64_t begin, ptr workspace, int64_t workspace_bytes, int64_t where) {
+    run(ThresholdEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,
+                        at<int32_t>(control), begin, at<uint8_t>(workspace), workspace_bytes}, where);
+  }, Free());
   m.def("blocktopk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
     run(BlockTopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<int16_t>(index), count, k}, where);
   }, Free());
@@ -130,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
   bind_ops(cpu, [](const auto& op, int64_t threads) { commopt::cpu::run(op, (int)threads); });
   bind_cpu_ops(cpu, [](const auto& op, int64_t threads) { commopt::cpu::run(op, (int)threads); });
   cpu.def("topk_workspace", &commopt::cpu::topk_workspace);
+  cpu.def("threshold_workspace", &commopt::cpu::threshold_workspace);
   cpu.def("axpy", [](ptr r, ptr g, int64_t n, int threads) { commopt::cpu::axpy(at<float>(r), at<float>(g), n, threads); });
   cpu.def("isas", &commopt::cpu::isas, "instruction sets this machine runs, mildest first");
   cpu.def("isa", &commopt::cpu::isa, "the one in use");

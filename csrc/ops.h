@@ -148,6 +148,17 @@ struct TopkEncode {
   uint8_t* workspace;  // workspace bytes, zero before the first call and kept by the caller between calls
   int64_t workspace_bytes;
 };
+struct ThresholdEncode {
+  Input in;
+  float* values;    // these as in TopkEncode
+  uint16_t* index;
+  int64_t* starts;
+  int64_t k;
+  int32_t* control;  // [2]: commopt/backends/reference/threshold.py
+  int64_t begin;     // the element from which on the first k are chosen, going round
+  uint8_t* workspace;
+  int64_t workspace_bytes;
+};
 struct TopkDecodeSum {
   Output out;
   const float* values;

@@ -115,6 +115,8 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         encode = lambda i, x, r: kernels.sign_encode(x, r, scale, fields["signs"][i], fields["scales"][i], *extra)
     elif op == "hadamard":
         return _run_hadamard(kernels, n, kind, dtype, residual, scale, device, offset)
+    elif op == "threshold":
+        return _run_threshold(kernels, n, kind, dtype, residual, scale, device, offset, options["k"])
     elif op == "blocktopk":
         k = options["k"]
         count, extra = n // 1024 * k + -(-(n % 1024) * k // 1024), (k,)
@@ -155,6 +157,28 @@ def _coded(kernels, n: int, index: torch.Tensor, starts: torch.Tensor) -> dict[s
     again, begin = index & (-1 if bits == 16 else (1 << bits) - 1), torch.full_like(starts, -7)
     kernels.eliasfano_unpack(high, again, begin, n, bits)
     return {"high": high, "index again": again, "starts again": begin}
+
+
+def _run_threshold(kernels, n: int, kind: str, dtype: torch.dtype, residual: bool, scale: torch.Tensor, device, offset: int, k: int):
+    """Three steps of one gradient after another on one residual: the threshold of a step comes from the step before. The
+    lists are decoded by the ops of topk."""
+    lists = {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (-(-n // 65536), torch.int64)}
+    fields = message_rows(3, lists, device)
+    control = torch.zeros(3, 2, dtype=torch.int32, device=device)
+    workspace = torch.zeros(kernels.threshold_workspace(n, k), dtype=torch.uint8, device=device)
+    kept = torch.zeros(n, device=device)
+
+    def encode(i, x, r):
+        if i:
+            control[i] = control[i - 1]
+        if r is not None:
+            r.add_(kept)
+        begin = (7919 * (i + 1) * n // 12345) % max(n, 1)
+        kernels.threshold_encode(x, r, scale, *(f[i] for f in fields.values()), control[i], begin, workspace)
+        if r is not None:
+            kept.copy_(r)
+
+    return fields | {"control": control} | _encode_each(encode, 3, n, kind, dtype, residual, device, offset)
 
 
 def _run_hadamard(kernels, n: int, kind: str, dtype: torch.dtype, residual: bool, scale: torch.Tensor, device, offset: int):

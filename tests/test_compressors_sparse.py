@@ -14,7 +14,8 @@ from commopt.plan import Plan
 from ranks import close, same
 
 BLOCK = ["topk:scope=block", "topk:ratio=0.1,scope=block,values=bf16", "topk:ratio=0.1,scope=block,values=int8"]
-NEW = [*BLOCK, "topk:ratio=0.1,values=int4", "randomk", "randomk:ratio=0.3"]
+THRESHOLD = ["topk:scope=threshold", "topk:ratio=0.1,scope=threshold,values=int8"]
+NEW = [*BLOCK, *THRESHOLD, "topk:ratio=0.1,values=int4", "randomk", "randomk:ratio=0.3"]
 SIZES = [1, 31, 1000, 1024, 1025, 5003]
 
 
@@ -69,7 +70,7 @@ def test_the_bits_of_an_index(ratio, most):
     assert commopt.wire_bytes("topk:ratio=0.01,values=int8", n) <= 0.021 * n
 
 
-@pytest.mark.parametrize("spec", ["topk:ratio=0.1,values=int4", *BLOCK[1:]])
+@pytest.mark.parametrize("spec", ["topk:ratio=0.1,values=int4", *BLOCK[1:], THRESHOLD[1]])
 def test_error_feedback_gets_everything_across(spec):
     x, kept, kernels = normal(3000), torch.zeros(3000), backends.select("cpu")
     total = torch.zeros(3000, dtype=torch.float64)
@@ -88,6 +89,48 @@ def test_what_is_not_finite_is_sent_on_and_not_kept(spec, bad):
     sent = coded(spec, x, kept)
     assert not torch.isfinite(sent).all() and torch.isfinite(kept).all()
     same(kept[4000], before[4000])
+
+
+# --- what reaches a threshold ---
+
+
+def test_the_first_threshold_is_that_of_the_k_th_and_all_that_reach_it_are_sent():
+    x = normal(5003)
+    order = x.abs().sort(descending=True).values
+    sent = coded("topk:scope=threshold", x)
+    same(sent, torch.where(x.abs() >= order[49], x, 0.0))
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1])
+def test_the_threshold_follows_what_error_feedback_heaps_up_below_it(ratio):
+    n, kernels = 100_000, backends.select("cpu")
+    kept, sent = torch.zeros(n), []
+    for step in range(40):
+        out = coded(f"topk:scope=threshold,ratio={ratio},warmup=0", normal(n, step), kept, (0, step, 0), kernels=kernels)
+        sent.append(int((out != 0).sum()) / (ratio * n))
+    assert min(sent[5:]) > 0.8 and sum(sent[5:]) / len(sent[5:]) > 0.96 and max(sent) <= 1.0, sent
+
+
+def test_what_has_no_room_waits_no_longer_than_another():
+    """Of 5,000 equal values 500 have room; with a threshold that all of them reach, every one is sent 30 times in 300 steps,
+    give or take the ones at the ends of the list."""
+    n, kernels, times = 5000, backends.select("cpu"), torch.zeros(5000)
+    for step in range(300):
+        kernels.scratch("control", torch.int32, 2).copy_(torch.tensor([1, 0]))
+        sent = coded("topk:scope=threshold,ratio=0.1,warmup=0", torch.ones(n), None, (0, step, 0), kernels=kernels)
+        assert int(sent.sum()) == 500
+        times += sent
+    assert times.min() >= 28 and times.max() <= 32
+
+
+def test_a_value_that_is_not_finite_shows_even_where_it_has_no_room():
+    n, kernels = 5000, backends.select("cpu")
+    x, kept = torch.ones(n), torch.full((n,), 0.25)
+    x[4000] = torch.inf
+    kernels.scratch("control", torch.int32, 2).copy_(torch.tensor([1, 0]))
+    sent = coded("topk:scope=threshold,ratio=0.1,warmup=0", x, kept, kernels=kernels)
+    assert int(sent.isnan().sum()) == 1 and int((sent == 1.25).sum()) == 499 and not kernels.scratch("control", torch.int32, 2).any()
+    same(kept[500:4000], torch.full((3500,), 1.25)), same(kept[4000], torch.tensor(0.25)), same(kept[0], torch.tensor(1.25))
 
 
 # --- random-k ---

@@ -26,6 +26,7 @@ def good(op: str) -> dict:
         "sign": {"signs": (125, torch.uint8), "scales": (1, torch.float32)},
         "hadamard": {"rotated": (N, torch.float32)},
         "topk": lists,
+        "threshold": lists,
         "sparse": lists,
     }[op.split("_")[0]]
     message = message_rows(2, fields, "cpu")
@@ -39,6 +40,9 @@ def good(op: str) -> dict:
         return given | row | extra | {"stochastic": True, "draw": (1, 2, 3)}
     if op == "topk_encode":
         return given | row | {"workspace": torch.zeros(cpu.topk_workspace(N, K), dtype=torch.uint8)}
+    if op == "threshold_encode":
+        return given | row | {"control": torch.zeros(2, dtype=torch.int32), "begin": 7,
+                              "workspace": torch.zeros(cpu.threshold_workspace(N, K), dtype=torch.uint8)}
     if op == "sparse_add":
         return {"residual": torch.zeros(N), "loss_scale": torch.ones(1)} | row
     return given | row | extra
@@ -46,7 +50,7 @@ def good(op: str) -> dict:
 
 OPS = ("dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum",
        "ternary_encode", "ternary_decode_sum", "sign_encode", "sign_decode_sum", "hadamard_encode", "hadamard_keep", "hadamard_decode",
-       "topk_encode", "topk_decode_sum", "sparse_add")
+       "topk_encode", "topk_decode_sum", "threshold_encode", "sparse_add")
 TENSORS = [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, torch.Tensor)]
 
 
@@ -93,6 +97,12 @@ def test_more_entries_than_elements():
                   "workspace": torch.zeros(cpu.topk_workspace(N, k), dtype=torch.uint8)}
     with pytest.raises(ValueError, match="topk_encode: values holds k = 1001"):
         cpu.topk_encode(*arguments.values())
+
+
+def test_a_beginning_beyond_the_end():
+    for begin in (-1, N):
+        with pytest.raises(ValueError, match=f"threshold_encode: begin must be one of 1000 elements, got {begin}"):
+            cpu.threshold_encode(*(good("threshold_encode") | {"begin": begin}).values())
 
 
 def test_the_blocks_of_ternary_are_few():

@@ -15,7 +15,7 @@ _C = pytest.importorskip("commopt._C", reason="the native kernels are not built"
 from commopt.backends import cpu, reference  # noqa: E402
 
 ISAS = _C.cpu.isas()
-OPS = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk", "blocktopk", "randomk")
+OPS = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk", "threshold", "blocktopk", "randomk")
 
 
 @pytest.fixture(autouse=True)

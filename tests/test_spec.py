@@ -58,7 +58,7 @@ def test_every_lossy_compressor_has_error_feedback_on_where_it_is_needed(name):
     ("topk:momentum=1", ["momentum must be at least 0 and below 1"]),
     ("topk:momentum=0.9,ef=false", ["needs ef=true"]),
     ("none:ef=true", ["it takes none"]),
-    ("topk:scope=layer", ["scope must be global | block, got 'layer'"]),
+    ("topk:scope=layer", ["scope must be global | threshold | block, got 'layer'"]),
     ("randomk:ratio=2", ["ratio must be from 1e-6 to 1, got 2.0"]),
     (None, ["must be a spec like", "got None"]),
     (8, ["got 8"]),

@@ -45,7 +45,7 @@ else:
 
     @pytest.mark.parametrize("n", [n for n in op_cases.SIZES if n not in (255, 256, 4096)])
     @pytest.mark.parametrize("op, at_once", [("dense", 1), ("half", 1), ("quant", 2), ("ternary", 1), ("sign", 1), ("hadamard", 1),
-                                             ("topk", 1), ("blocktopk", 1), ("randomk", 1)])
+                                             ("topk", 1), ("threshold", 1), ("blocktopk", 1), ("randomk", 1)])
     def test_sizes_and_values(op, at_once, n):
         options = itertools.cycle(op_cases.variants(op, n))
         kinds = op_cases.VALUES
@@ -69,6 +69,9 @@ else:
         ("topk", 9001, "equal", {"k": 8999}),
         ("topk", 65537, "few", {"k": 30_000}),
         ("topk", 131_073, "nan", {"k": 2001}),
+        ("threshold", 9001, "equal", {"k": 899}),
+        ("threshold", 70_001, "nan", {"k": 300}),
+        ("threshold", 131_073, "heavy", {"k": 2001}),
         ("blocktopk", 9001, "few", {"k": 10}),
         ("randomk", 9001, "nan", {"k": 2, "scaled": False}),
     ])

@@ -239,17 +239,31 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         values = c.tensor("rotated", rotated, torch.float32, (out.numel(),))
         module.hadamard_decode(address, GRADIENT[out.dtype], float(weight), out.numel(), values, where(out.device))
 
+    def listed(c: Checker, x, values, index, starts, workspace, workspace_of) -> tuple:
+        """The arguments of a list of the largest, and of the scratch that finds them."""
+        v = c.tensor("values", values, torch.float32, (None,))
+        n, k = x.numel(), values.numel()
+        i = c.tensor("index", index, torch.int16, (k,))
+        s = c.tensor("starts", starts, torch.int64, (-(-n // TILE),))
+        w = c.tensor("workspace", workspace, torch.uint8, (workspace_of(n, k),))
+        if k > n:
+            raise ValueError(f"{c.op}: values holds k = {k} entries, but x only {n} elements")
+        return (v, i, s, k), (w, workspace.numel())
+
     def topk_encode(x, residual, loss_scale, values, index, starts, workspace) -> None:
         c = checker("topk_encode")
         given = c.input(x, residual, loss_scale)
-        v = c.tensor("values", values, torch.float32, (None,))
-        k = values.numel()
-        i = c.tensor("index", index, torch.int16, (k,))
-        s = c.tensor("starts", starts, torch.int64, (-(-x.numel() // TILE),))
-        w = c.tensor("workspace", workspace, torch.uint8, (module.topk_workspace(x.numel(), k),))
-        if k > x.numel():
-            raise ValueError(f"topk_encode: values holds k = {k} entries, but x only {x.numel()} elements")
-        module.topk_encode(*given, v, i, s, k, w, workspace.numel(), where(x.device))
+        entries, scratch = listed(c, x, values, index, starts, workspace, module.topk_workspace)
+        module.topk_encode(*given, *entries, *scratch, where(x.device))
+
+    def threshold_encode(x, residual, loss_scale, values, index, starts, control, begin, workspace) -> None:
+        c = checker("threshold_encode")
+        given = c.input(x, residual, loss_scale)
+        entries, scratch = listed(c, x, values, index, starts, workspace, module.threshold_workspace)
+        carried = c.tensor("control", control, torch.int32, (2,))
+        if not 0 <= begin < max(x.numel(), 1):
+            raise ValueError(f"threshold_encode: begin must be one of {x.numel()} elements, got {begin}")
+        module.threshold_encode(*given, *entries, carried, begin, *scratch, where(x.device))
 
     def topk_decode_sum(out, weight, values, index, starts) -> None:
         c = checker("topk_decode_sum")
@@ -337,4 +351,5 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         module.randomk_decode_sum(*given, v, values.shape[1], *draw, where(out.device))
 
     ops = {name: f for name, f in locals().items() if callable(f) and name not in ("module", "where", "checker") and hasattr(module, name)}
-    return ops | {"topk_workspace": module.topk_workspace}
+    sizes = {name: getattr(module, name) for name in ("topk_workspace", "threshold_workspace") if hasattr(module, name)}
+    return ops | sizes

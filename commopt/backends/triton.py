@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 import triton
 
-from ..kernels import bits, blocktopk, dense, eliasfano, floats, half, hadamard, quant, randomk, sign, ternary, topk
+from ..kernels import bits, blocktopk, dense, eliasfano, floats, half, hadamard, quant, randomk, sign, ternary, threshold, topk
 from .native import bind
 
 _TILE = 4096  # elements of one program, 16 to a thread
@@ -169,6 +169,30 @@ def topk_encode(x, _, residual, loss_scale, n, values, index, starts, k, workspa
     _launch(device, topk.topk_count, programs, *given, work, k, n, tiles, TILE=_TILE)
     _launch(device, topk.topk_scan, min(tiles, 1), work, k, tiles, STEP=1024)
     _launch(device, topk.topk_emit, tiles, *given, values, index, starts, work, n, tiles, TILE=_TILE)
+
+
+_SAMPLE = 65536  # elements that a first threshold is made from
+
+
+def threshold_workspace(n: int, k: int) -> int:
+    """Bytes of scratch for threshold_encode: see kernels/threshold.py. What is left in it is of no use to the next call."""
+    return 8 * (threshold.HEAD.value + 2 * triton.cdiv(n, _TILE)) + 4 * min(n, _SAMPLE) + triton.cdiv(n, 8)
+
+
+def threshold_encode(x, _, residual, loss_scale, n, values, index, starts, k, control, begin, workspace, nbytes, device):
+    tiles, m = triton.cdiv(n, _TILE), min(n, _SAMPLE)
+    given = x, residual, loss_scale
+    sizes = 8 * threshold.HEAD.value, 16 * tiles, 4 * m, triton.cdiv(n, 8)
+    head, counts, keys, mask = workspace.split(sizes)
+    head, counts, keys = head.view(torch.int64).zero_(), counts.view(torch.int64), keys.view(torch.int32)
+    rank = max(1, (k * m + n // 2) // n) if k else 0
+    values.zero_()
+    index.fill_((((n - 1) & 0xFFFF) ^ 0x8000) - 0x8000)
+    _launch(device, threshold.threshold_sample, triton.cdiv(m, _TILE), *given, control, keys, n, m, TILE=_TILE)
+    _launch(device, threshold.threshold_begin, min(tiles, 1), control, keys, head, rank, m, STEP=4096)
+    _launch(device, threshold.threshold_select, tiles, *given, head, counts, mask, begin, n, tiles, TILE=_TILE)
+    _launch(device, threshold.threshold_finish, min(tiles, 1), head, counts, control, k, tiles, STEP=1024)
+    _launch(device, threshold.threshold_emit, tiles, *given, head, counts, mask, values, index, starts, begin, k, n, tiles, TILE=_TILE)
 
 
 def topk_decode_sum(out, _, weight, n, rows, stride, values, index, starts, k, device):

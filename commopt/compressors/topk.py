@@ -20,6 +20,8 @@ class TopK(Compressor):
         |x - decoded|^2 <= (1 - k/n) |x|^2: biased, and a contraction, which error feedback needs
 
     scope=global: the largest of the whole bucket.
+    scope=threshold: what reaches a threshold that k of the whole bucket are expected to reach, and no more than k of it; one
+        pass, and no choice among candidates. The threshold goes on from what k would have reached in the steps before.
     scope=block: the largest round(1024 ratio) of each of n // 1024 blocks, and of the n % 1024 elements that are left as
         many as ratio says, rounded up. Block j is the 32 lines t of 32 elements from (t (n // 1024) + j) 32 on, so that it
         has a share of every layer; on real gradients this keeps 0.85 to 0.97 of the energy that scope=global keeps. One
@@ -40,10 +42,10 @@ class TopK(Compressor):
     """
 
     collective = "gather"
-    uses = {"topk:ratio=0.01": "very slow links, few ranks", "topk:scope=block": "the same, at one speed whatever the gradient"}
+    uses = {"topk:ratio=0.01": "very slow links, few ranks", "topk:scope=threshold": "nearly the same, without a choice among candidates", "topk:scope=block": "the same, at one speed whatever the gradient"}
 
     ratio: float = 0.01
-    scope: Literal["global", "block"] = "global"
+    scope: Literal[tuple(SCOPES)] = "global"
     values: Literal[tuple(FORMATS)] = "float32"
     index: Literal["coded", "u16"] = "coded"
     warmup: int = 100
@@ -100,7 +102,7 @@ class TopK(Compressor):
             self._coding.write(kernels, n, places, placed)
         if velocity is not None:
             sent = scope.positions(n, self.ratio, *places)
-            velocity.index_fill_(0, sent[torch.isfinite(values)], 0.0)
+            velocity.index_fill_(0, sent[torch.isfinite(values) & (values != 0)], 0.0)
         if self.values == "float32":
             return
         error, one = kernels.scratch("error", torch.float32, k).zero_(), kernels.scratch("one", torch.float32, 1).fill_(1.0)

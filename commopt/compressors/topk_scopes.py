@@ -44,6 +44,21 @@ class Global:
         kernels.topk_decode_sum(out, weight, values, *places)
 
 
+class Threshold(Global):
+    """Of the whole bucket what reaches a threshold, up to count of it; what has no room waits for the next step. The threshold
+    is carried from step to step. Where the list begins moves on by the golden ratio of the bucket, so that no element waits
+    more often than another (Deep Gradient Compression and its kin drop the last ones)."""
+
+    golden = 0x9E3779B97F4A7C15  # times 2^-64
+
+    def encode(self, kernels: Any, x: Tensor, residual: Tensor | None, ratio: float, values: Tensor, *places: Tensor) -> None:
+        n = x.numel()
+        workspace = kernels.scratch("workspace", torch.uint8, kernels.threshold_workspace(n, values.numel()))
+        control = kernels.scratch("control", torch.int32, 2)
+        begin = (kernels.draw[1] * self.golden % 2**64) * n >> 64
+        kernels.threshold_encode(x, residual, kernels.loss_scale, values, *places, control, begin, workspace)
+
+
 class Block:
     """Each block of 1024 by itself, where a block is 32 lines of 32 elements at equal distances over the whole bucket, so
     that every layer is in every block."""
@@ -75,4 +90,4 @@ class Block:
         kernels.blocktopk_decode_sum(out, weight, values, index, self.each(ratio))
 
 
-SCOPES = {"global": Global(), "block": Block()}
+SCOPES = {"global": Global(), "threshold": Threshold(), "block": Block()}

@@ -9,6 +9,7 @@
 #include "pool.h"
 #include "run.h"
 #include "table.h"
+#include "threshold_topk.h"
 
 namespace commopt::cpu {
 namespace {
@@ -95,6 +96,9 @@ void run(const HadamardDecode& op, int threads) {
 }
 void run(const TopkEncode& op, int threads) {
   topk_encode(*chosen, op, (int)std::max<int64_t>(1, std::min<int64_t>(threads, op.in.n / kWorthwhile)));
+}
+void run(const ThresholdEncode& op, int threads) {
+  threshold_encode(*chosen, op, (int)std::max<int64_t>(1, std::min<int64_t>(threads, op.in.n / kWorthwhile)));
 }
 void run(const TopkDecodeSum& op, int threads) {
   split(op.out.n, kTile, threads, [&](int64_t begin, int64_t end) {

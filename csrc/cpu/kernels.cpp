@@ -13,6 +13,7 @@
 #include "sign.h"
 #include "hadamard.h"
 #include "topk.h"
+#include "threshold.h"
 #include "blocktopk.h"
 #include "randomk.h"
 
@@ -28,7 +29,7 @@ const Table COMMOPT_JOIN(table_, COMMOPT_ISA) = {
     absmax, float_encode, float_decode_sum,
     quant_encode, quant_decode_sum, ternary_encode, ternary_decode_sum, sign_encode, sign_decode_sum,
     hadamard_encode, hadamard_keep, hadamard_decode,
-    topk_scan, topk_keys, topk_emit, topk_decode_sum,
+    topk_scan, topk_keys, topk_emit, threshold_scan, topk_decode_sum,
     blocktopk_encode, blocktopk_decode_sum, randomk_encode, randomk_decode_sum,
     axpy,
 };

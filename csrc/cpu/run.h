@@ -24,6 +24,7 @@ void run(const HadamardEncode&, int threads);
 void run(const HadamardKeep&, int threads);
 void run(const HadamardDecode&, int threads);
 void run(const TopkEncode&, int threads);
+void run(const ThresholdEncode&, int threads);
 void run(const TopkDecodeSum&, int threads);
 void run(const SparseAdd&, int threads);
 void run(const BlockTopkEncode&, int threads);
@@ -37,6 +38,7 @@ void run(const RandomkEncode&, int threads);
 void run(const RandomkDecodeSum&, int threads);
 
 int64_t topk_workspace(int64_t n, int64_t k);  // bytes
+int64_t threshold_workspace(int64_t n, int64_t k);
 void axpy(float* r, const float* g, int64_t n, int threads);  // r += g, what the benches compare with
 std::vector<std::string> isas();
 std::string isa();

@@ -42,6 +42,26 @@ struct TopkEmit {
   uint32_t kth;  // key of the smallest that is sent
 };
 
+// One thread's share of a threshold scan.
+constexpr uint32_t kThresholdBins = 16;
+constexpr int kThresholdWidth = 19;
+constexpr int64_t kStretch = 4096;  // elements between two looks at the room of a list
+struct ThresholdPart {
+  int64_t begin, end;  // elements
+  int64_t room;        // entries that it may keep; the list takes kStretch + kSlack more
+  float* acc;
+  uint32_t* offset;    // element, from the beginning of its part
+  int64_t held = 0;
+  int64_t bins[kThresholdBins] = {};  // all that reached the threshold, by (key - threshold) >> kThresholdWidth
+  bool bad = false;    // an infinity or a NaN is among them
+};
+
+struct ThresholdScan {
+  Input in;
+  uint32_t threshold;
+  bool often;  // many groups of elements have several that reach it
+};
+
 struct Table {
   const char* name;
   void (*dense_encode)(const DenseEncode&, int64_t begin, int64_t end);
@@ -63,6 +83,7 @@ struct Table {
   bool (*topk_scan)(const TopkScan&, TopkPart&);  // false: out of segments, part.done tells how far it came
   int64_t (*topk_keys)(const SegmentStore&, const TopkPart&, uint32_t low, uint32_t high, uint32_t* keys);  // of its candidates
   void (*topk_emit)(const TopkEmit&, const TopkPart&, int64_t position, int64_t ties);
+  void (*threshold_scan)(const ThresholdScan&, ThresholdPart&);
   void (*topk_decode_sum)(const TopkDecodeSum&, float* tile, int64_t begin, int64_t end);  // begin: multiple of kTile; tile: scratch [kTile]
   void (*blocktopk_encode)(const BlockTopkEncode&, int64_t begin, int64_t end);  // begin: multiple of kBlock, as the end but for the last
   void (*blocktopk_decode_sum)(const BlockTopkDecodeSum&, int64_t begin, int64_t end);

@@ -1,7 +1,7 @@
 // The loops of exact top-k; topk.cpp says how they fit together.
 #pragma once
+#include "candidates.h"
 #include "table.h"
-#include "values.h"
 
 namespace {
 
@@ -9,72 +9,6 @@ using namespace commopt::cpu;
 using commopt::kTile;
 using commopt::TopkDecodeSum;
 using commopt::TopkEncode;
-
-// --- lists of candidates: acc and the element's offset in its part ---
-
-// Copies the entries whose key lies in [low, high] to `to`, in order, from to[0] on; returns how many. offset + i is the
-// second half of an entry where `offsets` is null. Writes whole vectors: `to` needs room for `count` and kSlack more.
-#if defined(__AVX512F__)
-CODEC int pick(const float* acc, const uint32_t* offsets, uint32_t offset, int count, uint32_t low, uint32_t high, float* to, uint32_t* to_offset) {
-  const __m512i from = _mm512_set1_epi32((int)low), width = _mm512_set1_epi32((int)(high - low));
-  __m512i lane = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)offset));
-  int held = 0;
-  for (int i = 0; i < count; i += 16) {
-    const __mmask16 here = count - i >= 16 ? 0xffff : (__mmask16)((1u << (count - i)) - 1);
-    const __m512i bits = _mm512_maskz_loadu_epi32(here, acc + i), key = _mm512_and_epi32(bits, _mm512_set1_epi32(0x7fffffff));
-    const __mmask16 take = _mm512_mask_cmple_epu32_mask(here, _mm512_sub_epi32(key, from), width);
-    // Compressed in a register and stored whole: compressing into memory is slow on some machines.
-    _mm512_storeu_si512(to + held, _mm512_maskz_compress_epi32(take, bits));
-    _mm512_storeu_si512(to_offset + held, _mm512_maskz_compress_epi32(take, offsets ? _mm512_maskz_loadu_epi32(here, offsets + i) : lane));
-    lane = _mm512_add_epi32(lane, _mm512_set1_epi32(16));
-    held += __builtin_popcount(take);
-  }
-  return held;
-}
-#elif defined(__AVX2__)
-struct Compress8 {
-  uint32_t lanes[256][8];
-  constexpr Compress8() : lanes() {
-    for (int mask = 0; mask < 256; ++mask)
-      for (int lane = 0, at = 0; lane < 8; ++lane)
-        if (mask >> lane & 1) lanes[mask][at++] = (uint32_t)lane;
-  }
-};
-constexpr Compress8 kCompress8;
-
-CODEC int pick(const float* acc, const uint32_t* offsets, uint32_t offset, int count, uint32_t low, uint32_t high, float* to, uint32_t* to_offset) {
-  const __m256i from = _mm256_set1_epi32((int)low), width = _mm256_set1_epi32((int)(high - low));
-  int held = 0, i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m256i bits = _mm256_loadu_si256((const __m256i*)(acc + i));
-    const __m256i above = _mm256_sub_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), from);
-    const __m256i take = _mm256_cmpeq_epi32(_mm256_min_epu32(above, width), above);
-    const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(take));
-    const __m256i lanes = _mm256_loadu_si256((const __m256i*)kCompress8.lanes[mask]);
-    const __m256i second = offsets ? _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(offsets + i)), lanes)
-                                   : _mm256_add_epi32(lanes, _mm256_set1_epi32((int)offset + i));
-    _mm256_storeu_si256((__m256i*)(to + held), _mm256_permutevar8x32_epi32(bits, lanes));
-    _mm256_storeu_si256((__m256i*)(to_offset + held), second);
-    held += __builtin_popcount((unsigned)mask);
-  }
-  for (; i < count; ++i) {
-    to[held] = acc[i];
-    to_offset[held] = offsets ? offsets[i] : offset + (uint32_t)i;
-    held += magnitude(acc[i]) - low <= high - low;
-  }
-  return held;
-}
-#else
-CODEC int pick(const float* acc, const uint32_t* offsets, uint32_t offset, int count, uint32_t low, uint32_t high, float* to, uint32_t* to_offset) {
-  int held = 0;
-  for (int i = 0; i < count; ++i) {
-    to[held] = acc[i];
-    to_offset[held] = offsets ? offsets[i] : offset + (uint32_t)i;
-    held += magnitude(acc[i]) - low <= high - low;
-  }
-  return held;
-}
-#endif
 
 // --- scan: acc = x + residual * loss_scale; candidates go to the list and leave 0 behind, the others their acc ---
 
@@ -91,22 +25,16 @@ inline void count_keys(Segment* segment, int held, uint32_t threshold, TopkPart&
   part.found += held - low;
 }
 
-template <class A, class B> struct Same { char no; };
-template <class A> struct Same<A, A> { char yes[2]; };
-struct Kept : F32 {};  // in place of the gradient's format: all of acc is in the residual
-
-// Scans up to `end` and appends to the part's list. kOften: most groups hold a candidate, so that to skip those without
-// would cost more in mispredicted branches than it saves.
+// Scans up to `end` and appends to the part's list.
 template <class X, bool kResidual, bool kLossy, bool kOften> bool topk_scan_loop(const TopkScan& scan, TopkPart& part, int64_t end) {
-  constexpr bool kKept = sizeof(Same<X, Kept>) > 1;
   const typename X::Stored* __restrict x = (const typename X::Stored*)scan.op.in.x;
   float* __restrict residual = scan.op.in.residual;
-  const float scale = *scan.op.in.loss_scale, inverse = divide(1.0f, scale), sent = mul(0.0f, inverse);
+  const float scale = *scan.op.in.loss_scale, inverse = divide(1.0f, scale);
   const uint32_t threshold = scan.threshold, lossy = scan.lossy;
   SegmentStore& store = *scan.store;
   Segment* segment = nullptr;
   int held = kSegment;
-  alignas(64) float acc[kGroup];
+  alignas(64) float acc[kGroup] = {};
   bool room = true;
   int64_t at = part.done;
   for (; at < end; at += kGroup) {
@@ -128,19 +56,7 @@ template <class X, bool kResidual, bool kLossy, bool kOften> bool topk_scan_loop
       held = 0;
     }
     const int count = (int)least(kGroup, end - at);
-    if (!kKept) prefetch(x + at, kGroup);
-    if (kResidual) prefetch(residual + at, kGroup);
-    uint32_t most = 0;
-#pragma GCC ivdep
-    for (int i = 0; i < count; ++i) {
-      const float old = kResidual ? residual[at + i] : 0.0f;
-      const float a = kKept ? mul(old, scale) : kResidual ? accumulate(X::load(x[at + i]), old, scale) : X::load(x[at + i]);
-      const uint32_t key = magnitude(a), take = (key >= threshold) | (kLossy && key - 1 < lossy - 1);
-      acc[i] = a;
-      if (!kOften) most = (kLossy ? take : key) > most ? (kLossy ? take : key) : most;
-      if (kResidual) residual[at + i] = take ? (key >= kNonFinite ? old : sent) : mul(a, inverse);
-    }
-    if (!kOften && most < (kLossy ? 1 : threshold)) continue;
+    scan_group<X, kResidual, kLossy>(x, residual, at, count, {scale, inverse, threshold, lossy}, acc);
     const uint32_t offset = (uint32_t)(at - part.begin);
     if (kLossy) {
       for (int i = 0; i < count; ++i) {
@@ -150,7 +66,7 @@ template <class X, bool kResidual, bool kLossy, bool kOften> bool topk_scan_loop
         held += (key >= threshold) | (key - 1 < lossy - 1);
       }
     } else {
-      held += pick(acc, nullptr, offset, count, threshold, 0x7fffffffu, segment->acc + held, segment->offset + held);
+      held += pick_group<kOften>(acc, count, threshold, offset, segment->acc + held, segment->offset + held);
     }
   }
   part.done = least(at, end);
@@ -165,7 +81,7 @@ bool topk_scan(const TopkScan& scan, TopkPart& part) {
   bool room = false;
   with_dtype(scan.op.in.dtype, [&](auto x) {
     with_flag(scan.lossy > 1, [&](auto lossy) {
-      with_flag(scan.op.k > scan.op.in.n / 400, [&](auto often) {
+      with_flag(scan.op.k > scan.op.in.n / 25, [&](auto often) {
         using X = decltype(x);
         constexpr bool kLossy = decltype(lossy)::value, kOften = decltype(often)::value;
         const bool residual = scan.op.in.residual != nullptr;

@@ -20,6 +20,7 @@ from .ternary import TERNARY_BLOCKS, ternary_decode_sum, ternary_encode
 from .sign import sign_decode_sum, sign_encode
 from .hadamard import hadamard_decode, hadamard_encode, hadamard_keep
 from .topk import TILE, sparse_add, topk_decode_sum, topk_encode, topk_workspace
+from .threshold import threshold_encode, threshold_workspace
 from .blocktopk import blocktopk_add, blocktopk_decode_sum, blocktopk_encode
 from .bits import bits_pack, bits_unpack
 from .eliasfano import eliasfano_pack, eliasfano_unpack
