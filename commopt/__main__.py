@@ -15,7 +15,7 @@ from .installation import HOW_TO_BUILD, HOW_TO_CUDA, info
 from .wire import Layout
 
 BENCHES = {
-    "kernels": "speed of the CPU kernels, as a fraction of the memory's",
+    "kernels": "speed of the kernels, against the memory, torch and torch.compile",
     "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
     "accuracy": "loss of a byte-level GPT on real text, against bytes and seconds",
 }
