@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..compressors import Compressor
 from ..compressors.topk_scopes import SCOPES
 from .kernel_runs import Tensors, What
@@ -38,7 +39,8 @@ def work(t: Tensors, what: What, residual: Tensor) -> Callable[[Tensor], Any] | 
         return None
     rows, sent = t.layout.views(t.rows[: what.rows]), t.layout.views(t.resent)
     if c.name == "topk":
-        rows = [rows[0], torch.stack([SCOPES["global"].positions(t.n, c.ratio, *places) for places in zip(*rows[1:])])]
+        values, *lists = c.lists(backends.select(t.out.device), t.n, *rows)
+        rows = [values, torch.stack([SCOPES["global"].positions(t.n, c.ratio, *places) for places in zip(*lists)])]
         sent = [sent[0], torch.zeros_like(rows[1][0])]
     sent = [field.clone() for field in sent]  # torch.compile refuses to write to two fields of one message
     out, total, weight, kept = t.out, t.total, 1 / what.rows, residual if c.ef else None

@@ -118,18 +118,21 @@ class TopK(Compressor):
         return torch.where(finite, velocity * loss_scale, x)
 
     def decode_sum(self, kernels, out, weight, *fields):
-        scope, n = SCOPES[self.scope], out.numel()
-        k, rows = self.k(n), fields[0].shape[0]
-        coded, placed = self._split(fields, k)
+        values, *places = self.lists(kernels, out.numel(), *fields)
+        SCOPES[self.scope].decode_sum(kernels, out, weight, self.ratio, values, *places)
+
+    def lists(self, kernels, n: int, *fields: Tensor) -> list[Tensor]:
+        """The lists of the rows of fields as the ops add them up: values, float32 [rows, k], and where they were, plainly."""
+        scope, k, rows = SCOPES[self.scope], self.k(n), fields[0].shape[0]
         if self.values == "float32" and self._coding is PLAIN:
-            return scope.decode_sum(kernels, out, weight, self.ratio, *coded, *placed)
-        # One row at a time into the form that the ops add up: float32 values, and plain places beside them.
+            return list(fields)
+        coded, placed = self._split(fields, k)
         wide = Layout([("values", torch.float32, k), *scope.places(n, k)])
         values, *places = wide.views(kernels.scratch("wide", torch.uint8, rows * wide.nbytes).view(rows, wide.nbytes))
         for r in range(rows):
             FORMATS[self.values].decode(kernels, values[r], *(field[r : r + 1] for field in coded))
             self._coding.read(kernels, n, [place[r] for place in places], [field[r] for field in placed])
-        scope.decode_sum(kernels, out, weight, self.ratio, values, *places)
+        return [values, *places]
 
     def _split(self, fields, k: int):
         count = len(FORMATS[self.values].fields(k))
