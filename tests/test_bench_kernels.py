@@ -83,7 +83,7 @@ def test_what_is_registered_is_benched():
     ("int8", "quant_encode", 3, "codes"),
     ("int8:ef=true", "quant_encode", 1, "residual"),
     ("int4", "quant_decode_sum", 0, "out"),
-    ("topk:ratio=0.01", "topk_encode", 4, "index"),
+    ("topk:ratio=0.01", "topk_encode", 4, "low"),
     ("randomk:ratio=0.01", "randomk_encode", 3, "values"),
 ])
 def test_a_wrong_bit_is_not_timed(spec, op, argument, words, capsys, monkeypatch):
