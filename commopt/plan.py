@@ -156,6 +156,39 @@ class Message:
         return seen
 
 
+class Round(NamedTuple):
+    """Values to be averaged over the ranks, of which rank r sums row r. One tensor for each dtype that they travel in:
+
+    values: float32 [world, shard], computed with. departing and arriving: uint8 [world, nbytes]; out and into: their rows in
+    the dtypes that travel, [world, shard].
+    """
+
+    values: list[Tensor]
+    departing: Tensor
+    arriving: Tensor
+    out: list[Tensor]
+    into: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.departing.shape[1]
+
+    @staticmethod
+    def of(fields: list[Field], world: int, device: torch.device) -> tuple["Round", list[Tensor]]:
+        """The round of some fields, and float32 views of its values for each of them."""
+        dtypes = sorted({dtype for _, dtype, _ in fields}, key=str)
+        counts = {dtype: sum(count for _, d, count in fields if d == dtype) for dtype in dtypes}
+        shards = {dtype: 8 * -(-count // (8 * world)) for dtype, count in counts.items()}  # of whole 16 bytes
+        rows = Layout([("", dtype, shard) for dtype, shard in shards.items()])
+        departing, arriving = (torch.zeros(world, rows.nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+        values = {dtype: torch.zeros(world, shard, dtype=torch.float32, device=device) for dtype, shard in shards.items()}
+        begin, views = dict.fromkeys(dtypes, 0), []
+        for _, dtype, count in fields:
+            views.append(values[dtype].view(-1)[begin[dtype] : begin[dtype] + count])
+            begin[dtype] += count
+        return Round(list(values.values()), departing, arriving, rows.views(departing), rows.views(arriving)), views
+
+
 class Plan:
     """One bucket's parameters, compressors, messages and residual. Its buffers serve one exchange in flight."""
 
@@ -226,23 +259,28 @@ class Plan:
         self.sent = sum(m.nbytes for m in self.shares) - own + (self.world - 1) * own
 
     def _arrange(self) -> None:
-        """Round i averages values[i], float32 [world, shard]: the i-th field of every part, and what travels exactly."""
-        device, world = self.device, self.world
+        """Round i averages the i-th field of every part, and the first one what travels exactly too."""
         parts = [p for p in self.parts if p.compressor.collective == "rounds"]
         others = [p for p in self.parts if p.compressor.collective not in ("rounds", "sum")]
         large = [(p.start, p.stop) for p in self.parts if p.compressor.name == "none"]
-        self.exact = self.exact.to(device)
-        sizes = [[p.fields[i][2] if i < len(p.fields) else 0 for p in parts] for i in range(max(len(p.fields) for p in parts))]
-        sizes[0] += [self.exact.numel(), *(stop - start for start, stop in large)]
-        shards = [4 * -(-sum(counts) // (4 * world)) for counts in sizes]  # of a multiple of 16 bytes
-        self.values, self.arriving = ([torch.zeros(world, s, dtype=torch.float32, device=device) for s in shards] for _ in range(2))
-        fields = [values.view(-1)[: sum(counts)].split(counts) for values, counts in zip(self.values, sizes)]
-        self.rounds = [(p, backends.select(device), [row[i] for row in fields[: len(p.fields)]]) for i, p in enumerate(parts)]
-        self.exactly = list(zip([self.exact, *(slice(*span) for span in large)], fields[0][len(parts) :]))
+        self.exact = self.exact.to(self.device)
+        self.rounds: list[Round] = []
+        averaged: list[list[Tensor]] = [[] for _ in parts]  # of each part
+        exact = [("", torch.float32, count) for count in (self.exact.numel(), *(stop - start for start, stop in large))]
+        for i in range(max(len(p.fields) for p in parts)):
+            taking = [fields for p, fields in zip(parts, averaged) if i < len(p.fields)]
+            fields = [p.fields[i] for p in parts if i < len(p.fields)] + (exact if i == 0 else [])
+            trip, values = Round.of(fields, self.world, self.device)
+            self.rounds.append(trip)
+            for held, field in zip(taking, values):
+                held.append(field)
+            if i == 0:
+                self.exactly = list(zip([self.exact, *(slice(*span) for span in large)], values[len(parts) :]))
+        self.methods = [(part, backends.select(self.device), fields) for part, fields in zip(parts, averaged)]
         name = f"{self.parameters[0].name}/rounds"
-        self.message = Message(others, self.exact[:0], device, f"{name}/{self.rank}", name) if others else None
+        self.message = Message(others, self.exact[:0], self.device, f"{name}/{self.rank}", name) if others else None
         self.rows = self._rows(self.message.nbytes if others else 0)
-        self.sent = (world - 1) * (8 * sum(shards) + self.rows.shape[1])
+        self.sent = (self.world - 1) * (sum(2 * trip.nbytes for trip in self.rounds) + self.rows.shape[1])
 
     @property
     def draw(self) -> tuple[int, int]:

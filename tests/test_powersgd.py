@@ -1,6 +1,7 @@
 """powersgd and the collective of rounds: against an implementation of its own in numpy, in one process and on real ranks."""
 
 import signal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_what_does_not_pay_travels_exactly_and_bytes_are_as_said():
     assert commopt.wire_bytes("powersgd", 9) == 36 and commopt.wire_bytes("powersgd", 0) == 0
     with pytest.raises(ValueError, match="rank must be 1 or more, got 0"):
         parse("powersgd:rank=0")
-    assert commopt.compressors()["powersgd"] == {"rank": (int, 4), "ef": (bool, True)}
+    assert commopt.compressors()["powersgd"] == {"rank": (int, 4), "values": (Literal["float32", "bf16"], "float32"), "ef": (bool, True)}
 
 
 def test_other_compressors_in_the_same_bucket_keep_their_messages():

@@ -60,8 +60,8 @@ class Compressor:
         return True
 
     def rounds(self, shapes: list[torch.Size]) -> list[Field]:
-        """(name, float32, count) of the values that are averaged in each round, of which there are at most two, for tensors of
-        these shapes."""
+        """(name, dtype, count) of the values that are averaged in each round, of which there are at most two, for tensors of
+        these shapes. The dtype is that in which they travel; `average` computes with float32."""
         raise NotImplementedError
 
     def average(self, kernels: Any, tensors: list[Tensor], residuals: list[Tensor] | None, *values: Tensor) -> Generator[None]:

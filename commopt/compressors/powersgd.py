@@ -1,3 +1,5 @@
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ class PowerSGD(Compressor):
         P = orthonormal(M Q),   Q' = M^T P,   decoded = P Q'^T = P P^T M,   Q <- orthonormal(Q')
         |M - decoded|^2 = |M|^2 - |Q'|^2 <= |M|^2, and 0 for a matrix of at most that rank: biased
 
-    4 rank (rows + columns) bytes per matrix, in two rounds of float32 means: first M Q, then M^T P. Tensors with one
-    dimension, and matrices for which that is half of 4 rows columns bytes or more, travel exactly. Of a flat gradient of n
+    In two rounds of means, first M Q, then M^T P. values=bf16: 2 rank (rows + columns) bytes per matrix; what rounding the
+    factors loses stays in the residual. values=float32: 4. Tensors with one dimension, and matrices with
+    rows columns <= 2 rank (rows + columns), travel exactly. Of a flat gradient of n
     elements the bytes are those of the squarest matrix that holds it.
 
     Orthonormal by Cholesky QR, twice, in float64: no gradient is too small for it. What vanishes decodes to zero, and keeps
@@ -33,6 +36,7 @@ class PowerSGD(Compressor):
     uses = {"powersgd:rank=4": "matrices on very slow links, any number of ranks"}
 
     rank: int = 4
+    values: Literal["float32", "bf16"] = "float32"
     ef: bool = True
 
     def __post_init__(self):
@@ -47,7 +51,8 @@ class PowerSGD(Compressor):
 
     def rounds(self, shapes):
         rows, columns = (sum(sizes) for sizes in zip(*map(_matrix, shapes)))
-        return [("p", torch.float32, self.rank * rows), ("q", torch.float32, self.rank * columns)]
+        dtype = torch.bfloat16 if self.values == "bf16" else torch.float32
+        return [("p", dtype, self.rank * rows), ("q", dtype, self.rank * columns)]
 
     def fields(self, n):
         rows = int(n**0.5)
