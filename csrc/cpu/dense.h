@@ -63,8 +63,8 @@ void dense_decode_sum(const DenseDecodeSum& op, int64_t begin, int64_t end) {
 // What the benches compare with: the least that error feedback can do to memory, prefetched from where that serves it best.
 void axpy(float* __restrict r, const float* __restrict g, float s, int64_t begin, int64_t end) {
   strips(begin, end, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-    prefetch(r + at, count, kAhead / 2);
-    prefetch(g + at, count, kAhead / 2);
+    prefetch_far(r + at, count, kAhead / 2);
+    prefetch_far(g + at, count, kAhead / 2);
 #pragma GCC ivdep
     for (int64_t i = at; i < at + count; ++i) r[i] = r[i] + g[i] * s;
   });

@@ -49,6 +49,14 @@ template <class T> CODEC void prefetch(const T* p, int64_t count, int64_t ahead 
   for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += 64) __builtin_prefetch((const char*)p + ahead + byte);
 }
 
+// The same into the second level of the caches, which waits for more lines at a time and does not push out what is in use.
+// Each of two passes over a block fetches half of the lines, the even or the odd ones, so that memory rests in neither.
+enum Lines { kEveryLine, kEvenLines, kOddLines };
+template <Lines kLines = kEveryLine, class T> CODEC void prefetch_far(const T* p, int64_t count, int64_t ahead = kAhead) {
+  constexpr int64_t first = kLines == kOddLines ? 64 : 0, step = kLines == kEveryLine ? 64 : 128;
+  for (int64_t byte = first; byte < count * (int64_t)sizeof(T); byte += step) __builtin_prefetch((const char*)p + ahead + byte, 0, 2);
+}
+
 // body(first, count) for the strips of [begin, end), where count is a constant but in the last.
 template <class Body> CODEC void strips(int64_t begin, int64_t end, Body body) {
   for (; begin + kStrip <= end; begin += kStrip) body(begin, kStrip);
