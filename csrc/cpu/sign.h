@@ -15,8 +15,8 @@ CODEC float magnitudes(const typename X::Stored* __restrict x, const float* __re
   alignas(64) float partial[kPartials] = {};
   int64_t at = begin;
   auto some = [&](int64_t count) __attribute__((always_inline)) {
-    prefetch(x + at, count);
-    if (kResidual) prefetch(residual + at, count);
+    prefetch_far<kEvenLines>(x + at, count, kAhead / 2);
+    if (kResidual) prefetch_far<kEvenLines>(residual + at, count, kAhead / 2);
     for (int64_t i = 0; i < count; ++i) partial[i] = add(partial[i], float_of(magnitude(acc_of<X, kResidual>(x[at + i], residual, at + i, scale))));
   };
   for (; at + kPartials <= end; at += kPartials) some(kPartials);
@@ -59,6 +59,8 @@ template <class X, bool kResidual> void sign_encode_loop(const SignEncode& op, i
     const float mean = mean_of(sum, (int)(stop - first));
     op.scales[first / op.block] = mean;
     strips(first, stop, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+      prefetch_far<kOddLines>(x + at, count);
+      if (kResidual) prefetch_far<kOddLines>(residual + at, count);
       alignas(64) float acc[kStrip];
 #pragma GCC ivdep
       for (int64_t i = 0; i < count; ++i) {
