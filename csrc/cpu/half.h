@@ -14,12 +14,12 @@ template <class X, bool kResidual> CODEC float acc_of(typename X::Stored x, cons
 }
 
 // The largest magnitude of a block, by lanes, so that the order of the loop is also that of the vectors.
-template <class X, bool kResidual>
+template <class X, bool kResidual, Lines kLines = kEvenLines>
 CODEC uint32_t absmax_of(const typename X::Stored* __restrict x, const float* __restrict residual, float scale, int64_t begin, int64_t end) {
   uint32_t lanes[kStrip] = {}, most = 0;
   strips(begin, end, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-    prefetch(x + at, count);
-    if (kResidual) prefetch(residual + at, count);
+    prefetch_far<kLines>(x + at, count, kAhead * 3 / 4);
+    if (kResidual) prefetch_far<kLines>(residual + at, count, kAhead * 3 / 4);
     for (int64_t i = 0; i < count; ++i) {
       uint32_t m = magnitude(acc_of<X, kResidual>(x[at + i], residual, at + i, scale));
       lanes[i] = m > lanes[i] ? m : lanes[i];
@@ -45,6 +45,8 @@ void half_encode_loop(const HalfEncode& op, int64_t begin, int64_t end) {
       continue;
     }
     strips(first, stop, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+      prefetch_far<kOddLines>(x + at, count);
+      if (kResidual) prefetch_far<kOddLines>(residual + at, count);
       for (int64_t i = at; i < at + count; ++i) {
         float acc = acc_of<X, kResidual>(x[i], residual, i, scale);
         uint16_t value = to_fp16(mul(acc, shared.inverse));

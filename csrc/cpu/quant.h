@@ -116,6 +116,8 @@ CODEC void quantize_run(const Input& in, const Drawer& draw, BlockScale shared, 
   alignas(64) uint16_t random[kDrawn];
   if (kStochastic) draw(first, end - first, random);
   strips(first, end, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+    prefetch_far<kOddLines>(x + at, count);
+    if (kResidual) prefetch_far<kOddLines>(residual + at, count);
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
       float acc = acc_of<X, kResidual>(x[at + i], residual, at + i, scale);
