@@ -26,8 +26,8 @@ template <class X, bool kResidual> uint32_t load_acc(const commopt::Input& in, i
   const float scale = *in.loss_scale;
   int32_t lanes[kStrip] = {}, most = 0;
   strips(0, count, [&](int64_t at, int64_t strip) __attribute__((always_inline)) {
-    prefetch(x + at, strip);
-    if (kResidual) prefetch(residual + at, strip);
+    prefetch_far<kEvenLines>(x + at, strip, kAhead * 3 / 4);
+    if (kResidual) prefetch_far<kEvenLines>(residual + at, strip, kAhead * 3 / 4);
     for (int64_t i = 0; i < strip; ++i) {
       const float value = acc_of<X, kResidual>(x[at + i], residual, at + i, scale);
       const int32_t m = (int32_t)magnitude(value);
@@ -37,6 +37,13 @@ template <class X, bool kResidual> uint32_t load_acc(const commopt::Input& in, i
   });
   for (int64_t i = 0; i < kStrip; ++i) most = lanes[i] > most ? lanes[i] : most;
   return (uint32_t)most;
+}
+
+// What load() does not fetch of what lies ahead.
+CODEC void prefetch_rest(const commopt::Input& in, int64_t first, int64_t count) {
+  if (in.dtype == commopt::kFloat32) prefetch_far<kOddLines>((const float*)in.x + first, count);
+  else prefetch_far<kOddLines>((const uint16_t*)in.x + first, count);
+  if (in.residual) prefetch_far<kOddLines>(in.residual + first, count);
 }
 
 inline Load loader(const commopt::Input& in) {
@@ -58,8 +65,14 @@ CODEC uint32_t load_all(Load load, const commopt::Input& in, int64_t begin, int6
 }
 
 uint32_t absmax(const AbsMax& op, int64_t begin, int64_t end) {
-  alignas(64) float acc[kDrawn];
-  return load_all(loader(op.in), op.in, begin, end, acc);
+  uint32_t most = 0;
+  with_dtype(op.in.dtype, [&](auto x) {
+    with_flag(op.in.residual != nullptr, [&](auto residual) {
+      using X = decltype(x);
+      most = absmax_of<X, decltype(residual)::value, kEveryLine>((const typename X::Stored*)op.in.x, op.in.residual, *op.in.loss_scale, begin, end);
+    });
+  });
+  return most;
 }
 
 // Scale of a block, and its place in the message.
@@ -129,6 +142,7 @@ template <class E, bool kResidual, int kBlock> int64_t encode_short(const FloatE
     }
     uint8_t* q = E::kBits == 8 ? op.codes + begin : nibbles;
     for (int b = 0; b < kBlocks; ++b) {
+      if (b * kBlock % kStrip == 0) prefetch_rest(op.in, begin + b * kBlock, kStrip);
       if (magnitude(shared[b].scale) >= kNonFinite) memset(q + b * kBlock, 0, kBlock);
       else encode_run<E, kResidual, false>(acc + b * kBlock, kBlock, shared[b], unscale, nullptr, q + b * kBlock, op.in.residual + begin + b * kBlock);
     }
@@ -170,6 +184,7 @@ template <class E, bool kResidual, bool kStochastic> void float_encode_loop(cons
       if (kStochastic) draw(at, count, random);
       uint8_t* q = E::kBits == 8 ? op.codes + at : nibbles;
       strips(0, count, [&](int64_t i, int64_t strip) __attribute__((always_inline)) {
+        prefetch_rest(op.in, at + i, strip);
         encode_run<E, kResidual, kStochastic>(acc + i, strip, shared, unscale, random + i, q + i, op.in.residual + at + i);
       });
       store_codes<E>(q, count, op.codes + at / 2);
