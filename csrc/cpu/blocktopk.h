@@ -18,7 +18,7 @@ using commopt::kLine;
 constexpr int64_t kLines = kBlock / kLine;
 constexpr int64_t kAbreast = 8;     // blocks side by side: their acc fills half of a common L2, a run is 1 KB
 constexpr uint32_t kMargin = 3u << 19;  // about a sixth of an octave: as far below its mean a k-th key rarely lies
-constexpr int64_t kRunsAhead = 3;   // how many runs before its use a run is fetched
+constexpr int64_t kRunsAhead = 4;   // how many runs before its use a run is fetched
 
 // Bit i: whether the key of acc[i] is above `below`, for 64 values.
 #if defined(__AVX512F__)
@@ -123,7 +123,7 @@ CODEC void blocktopk_send(const BlockTopkEncode& op, Chooser& choose, const floa
 template <class X, bool kResidual> void blocktopk_encode_loop(const BlockTopkEncode& op, int64_t begin, int64_t end) {
   const float scale = *op.in.loss_scale, inverse = divide(1.0f, scale), nothing = mul(0.0f, inverse);
   const int64_t blocks = op.in.n / kBlock, last = least(end / kBlock, blocks);
-  alignas(64) float acc[kAbreast][kBlock];
+  alignas(64) float acc[kAbreast][kBlock + kLine];  // blocks of 4 KB would all take the same places of a cache
   Chooser choose;
   for (int64_t first = begin / kBlock; first < last; first += kAbreast) {
     const int64_t abreast = least(kAbreast, last - first);
@@ -131,8 +131,8 @@ template <class X, bool kResidual> void blocktopk_encode_loop(const BlockTopkEnc
       const int64_t ahead = t + kRunsAhead, run = (t * blocks + first) * kLine;
       const int64_t next = ahead < kLines ? (ahead * blocks + first) * kLine : ((ahead - kLines) * blocks + first + kAbreast) * kLine;
       for (int64_t b = 0; b < abreast; ++b) {
-        prefetch((const typename X::Stored*)op.in.x + next + b * kLine, kLine, 0);
-        if (kResidual) prefetch(op.in.residual + next + b * kLine, kLine, 0);
+        prefetch_far((const typename X::Stored*)op.in.x + next + b * kLine, kLine, 0);
+        if (kResidual) prefetch_far(op.in.residual + next + b * kLine, kLine, 0);
         blocktopk_read<X, kResidual>(op, run + b * kLine, kLine, scale, inverse, acc[b] + t * kLine);
       }
     }
