@@ -13,7 +13,7 @@ CODEC uint32_t digit_of(uint32_t byte, int i) {
   return i == kDigits - 1 ? rest : rest - 3u * (rest * 21846u >> 16);
 }
 
-// The quotient by 3 of a byte, exactly.
-CODEC uint16_t third(uint16_t byte) { return (uint16_t)(byte * 171u >> 9); }
+// The quotient by 3 of a byte, exactly, in 16 bits all the way.
+CODEC uint16_t third(uint16_t byte) { return (uint16_t)((uint16_t)(byte * 171u) >> 9); }
 
 }  // namespace

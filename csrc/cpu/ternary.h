@@ -43,36 +43,42 @@ void ternary_encode(const TernaryEncode& op, int64_t begin, int64_t end) {
   });
 }
 
-// sum[0 .. 5 m - 1] <- the decoded block, or += where it is not the first.
-template <bool kFirst> CODEC void ternary_run(const uint8_t* __restrict codes, int m, float scale, float* __restrict sum) {
-  uint16_t rest[kLongest / kDigits];
-  for (int j = 0; j < m; ++j) rest[j] = codes[j];
-  for (int digit = 0; digit < kDigits; ++digit, sum += m)
-    for (int j = 0; j < m; j += 8)
+// The digits of a block as codes from -1 on, a byte each.
+CODEC void ternary_digits(const uint8_t* __restrict codes, int m, int8_t* __restrict q) {
+  strips(0, m, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
 #pragma GCC ivdep
-      for (int i = j; i < j + 8; ++i) {
-        const uint16_t quotient = third(rest[i]);
-        const int16_t q = (int16_t)((digit < kDigits - 1 ? rest[i] - 3 * quotient : rest[i]) - 1);
-        rest[i] = quotient;
-        const float value = dequantize((float)q, scale);
-        sum[i] = kFirst ? value : add(sum[i], value);
+    for (int64_t i = at; i < at + count; ++i) {
+      uint16_t rest = codes[i];
+      for (int digit = 0; digit < kDigits - 1; ++digit) {
+        const uint16_t quotient = third(rest);
+        q[i + digit * m] = (int8_t)(rest - 3 * quotient - 1);
+        rest = quotient;
       }
+      q[i + (kDigits - 1) * m] = (int8_t)(rest - 1);
+    }
+  });
 }
 
 template <class Out> void ternary_decode_loop(const TernaryDecodeSum& op, int64_t begin, int64_t end) {
   typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
   const int m = op.block / kDigits;
   alignas(64) float sum[kLongest];
+  alignas(64) int8_t q[kLongest];
   for (int64_t block = begin / op.block; block * op.block < end; ++block) {
     const int64_t first = block * op.block, count = least(end - first, op.block);
     for (int64_t w = 0; w < op.out.rows; ++w) {
       const float scale = row(op.scales, op.out.stride, w)[block];
       const uint8_t* codes = row(op.codes, op.out.stride, w) + block * m;
       prefetch(codes, m, kAhead / 4);
-      if (w == 0) ternary_run<true>(codes, m, scale, sum);
-      else ternary_run<false>(codes, m, scale, sum);
+      ternary_digits(codes, m, q);
+      strips(0, op.block, [&](int64_t at, int64_t strip) __attribute__((always_inline)) {
+        if (w == 0) dequantize_run<8, true>((const uint8_t*)q + at, scale, strip, sum + at);
+        else dequantize_run<8, false>((const uint8_t*)q + at, scale, strip, sum + at);
+      });
     }
-    for (int64_t i = 0; i < count; ++i) out[first + i] = Out::store(mul(sum[i], op.out.weight));
+    strips(0, count, [&](int64_t at, int64_t strip) __attribute__((always_inline)) {
+      for (int64_t i = at; i < at + strip; ++i) out[first + i] = Out::store(mul(sum[i], op.out.weight));
+    });
   }
 }
 
