@@ -91,8 +91,8 @@ template <class X, bool kResidual, bool kLossy>
 CODEC void scan_group(const typename X::Stored* __restrict x, float* __restrict residual, int64_t at, int count, Scan by, float* __restrict acc) {
   constexpr bool kKept = sizeof(Same<X, Kept>) > 1;
   const float sent = mul(0.0f, by.inverse);
-  if (!kKept) prefetch(x + at, kGroup);
-  if (kResidual) prefetch(residual + at, kGroup);
+  if (!kKept) prefetch_far(x + at, kGroup);
+  if (kResidual) prefetch_far(residual + at, kGroup);
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) {
     const float old = kResidual ? residual[at + i] : 0.0f;

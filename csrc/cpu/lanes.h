@@ -23,6 +23,14 @@ CODEC Lanes last(Lanes p, Lanes a, Lanes b) { p = _mm512_rol_epi64(p, 32); retur
 CODEC Lanes evens(Lanes a, Lanes b) { return _mm512_unpacklo_epi64(a, b); }
 CODEC Lanes odds(Lanes a, Lanes b) { return _mm512_unpackhi_epi64(a, b); }
 
+constexpr int kFloats = 16;  // float32 values in a vector
+using Floats = __m512;
+// The compiler would widen bytes in two steps, with a shuffle for each half of either.
+CODEC Floats widened(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+CODEC Floats times(Floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
+CODEC Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+CODEC void save(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+
 // table[code] of sixteen 4-bit codes in order, the even element in the low nibble.
 CODEC __m512 looked_up(const uint8_t* codes, __m512 table) {
   const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)codes));
@@ -42,6 +50,13 @@ CODEC Lanes both(Lanes a, Lanes b) { return _mm256_xor_si256(a, b); }
 CODEC Lanes last(Lanes p, Lanes a, Lanes b) { return _mm256_blend_epi32(xor3(high(p), a, b), _mm256_slli_epi64(p, 32), 0xaa); }
 CODEC Lanes evens(Lanes a, Lanes b) { return _mm256_unpacklo_epi64(a, b); }
 CODEC Lanes odds(Lanes a, Lanes b) { return _mm256_unpackhi_epi64(a, b); }
+
+constexpr int kFloats = 8;
+using Floats = __m256;
+CODEC Floats widened(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+CODEC Floats times(Floats a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
+CODEC Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+CODEC void save(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 #else
 constexpr int kLanes = 2;
 using Lanes = __m128i;

@@ -238,15 +238,40 @@ template <int kBits, bool kFirst> CODEC void dequantize_run(const uint8_t* codes
   }
 }
 
+#if defined(__AVX2__)
+// sum[0 .. kStrip - 1] <- the int8 codes from `at` on of all rows, added in registers.
+CODEC void dequantize_strip(const QuantDecodeSum& op, int64_t block, int64_t at, float* sum) {
+  constexpr int kVectors = kStrip / kFloats;
+  Floats total[kVectors];
+  const float* scale = op.scales + block;
+  const int8_t* codes = (const int8_t*)op.codes + at;
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) total[v] = times(widened(codes + v * kFloats), *scale);
+  prefetch_far(codes, 1);
+  for (int64_t w = 1; w < op.out.rows; ++w) {
+    scale = row(scale, op.out.stride, 1), codes = row(codes, op.out.stride, 1);
+    prefetch_far(codes, 1);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) total[v] = plus(total[v], times(widened(codes + v * kFloats), *scale));
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) save(sum + v * kFloats, total[v]);
+}
+#endif
+
 template <class Out, int kBits> void quant_decode_loop(const QuantDecodeSum& op, int64_t begin, int64_t end) {
   typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
   for (int64_t block = begin / op.block; block * op.block < end; ++block) {
     strips(block * op.block, least(end, (block + 1) * op.block), [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-      float sum[kStrip];
-      for (int64_t w = 0; w < op.out.rows; ++w) {
+      alignas(64) float sum[kStrip];
+      int64_t w = 0;
+#if defined(__AVX2__)
+      if (kBits == 8 && count == kStrip) dequantize_strip(op, block, at, sum), w = op.out.rows;
+#endif
+      for (; w < op.out.rows; ++w) {
         const float scale = row(op.scales, op.out.stride, w)[block];
         const uint8_t* codes = row(op.codes, op.out.stride, w) + at * kBits / 8;
-        prefetch(codes, 1);
+        prefetch_far(codes, 1);
         if (w == 0) dequantize_run<kBits, true>(codes, scale, count, sum);
         else dequantize_run<kBits, false>(codes, scale, count, sum);
       }
