@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commopt
 from commopt.compressors import STEADY
 
-POWERSGD = {f"torch:powersgd{rank}": rank for rank in (1, 2, 4, 8)}
+POWERSGD = {f"torch:powersgd{rank}": rank for rank in (1, 2, 4, 8, 16)}
 EXTERNAL = ("plain", "torch:fp16", *POWERSGD)
 POWERSGD_STARTS = 2  # the first step that it compresses; the least it accepts
 

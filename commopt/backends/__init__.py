@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Kernels:
         self.device = device
         self.loss_scale = torch.ones(1, dtype=torch.float32, device=device)
         self.draw = self.shared_draw = (0, 0, 0)
+        self.notes: dict[str, Any] = {}  # what a method keeps on the host from call to call
         self._scratch: dict[str, Tensor] = {}
         for op, owner in owners(device.type).items():
             setattr(self, op, getattr(importlib.import_module(f".{owner}", __name__), op))

@@ -1,12 +1,14 @@
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .adaptive_ranks import allocate, energies, expected
 from .base import Compressor, register
 
 _BLOCK = 1 << 17  # elements of a matrix that the CPU reads again while they are in its cache
 _SHIFT = 2.0**-40  # of a Gram matrix' trace: keeps Cholesky from failing, which rounding in float64 could bring about below 2^-50
+_PERIOD = 20  # steps from one choice of ranks to the next
 _HELD = 2.0**-20  # of |Q|: how much of its old direction is mixed into every vector of Q
 
 
@@ -24,6 +26,9 @@ class PowerSGD(Compressor):
     rows columns <= 2 rank (rows + columns), travel exactly. Of a flat gradient of n
     elements the bytes are those of the squarest matrix that holds it.
 
+    ranks=adaptive: the same bytes in all, but every 20 steps a matrix whose last direction transmits little for its size gives
+    it to one that would transmit more with it: adaptive_ranks.py.
+
     Orthonormal by Cholesky QR, twice, in float64: no gradient is too small for it. What vanishes decodes to zero, and keeps
     its old direction in Q, so that a gradient that was zero or of low rank can grow. The first Q is drawn from the seed.
     It is not part of a checkpoint and is drawn anew when a bucket changes: the residual keeps what an iteration misses.
@@ -36,7 +41,8 @@ class PowerSGD(Compressor):
     uses = {"powersgd:rank=4": "matrices on very slow links, any number of ranks"}
 
     rank: int = 4
-    values: Literal["float32", "bf16"] = "float32"
+    values: Literal["bf16", "float32"] = "bf16"
+    ranks: Literal["equal", "adaptive"] = "equal"
     ef: bool = True
 
     def __post_init__(self):
@@ -64,8 +70,9 @@ class PowerSGD(Compressor):
         held = kernels.scratch("held", torch.float32, q.numel(), lambda flat: _draw(flat, kernels.draw[0]))
         wide = kernels.scratch("wide", torch.float64, max(p.numel(), q.numel()))
         # All thin matrices are stored transposed, [rank, rows] and [rank, columns]: BLAS is many times as fast on these.
-        left = lambda flat: [t.view(self.rank, -1) for t in flat.split([self.rank * g.shape[0] for g in grads])]
-        right = lambda flat: [t.view(self.rank, -1) for t in flat.split([self.rank * g.shape[1] for g in grads])]
+        ranks = kernels.notes.setdefault("ranks", [self.rank] * len(grads))
+        left = lambda flat: _thin(flat, ranks, [g.shape[0] for g in grads])
+        right = lambda flat: _thin(flat, ranks, [g.shape[1] for g in grads])
 
         sums = grads  # A, in the place of a float32 gradient
         if p.dtype != tensors[0].dtype:
@@ -78,6 +85,7 @@ class PowerSGD(Compressor):
                 if r is not None:
                     torch.addcmul(a[rows], r[rows], kernels.loss_scale, out=a[rows])
                 torch.mm(q_i, a[rows].T, out=p_i[:, rows])
+        p[sum(p_i.numel() for p_i in left(p)) :].zero_()
         yield  # p = M Q
 
         double = wide[: p.numel()].copy_(p)
@@ -87,6 +95,7 @@ class PowerSGD(Compressor):
         for a, p_i, q_i, fine in zip(sums, left(p), right(q), finite):
             p_i.masked_fill_(~fine, torch.nan)
             torch.mm(p_i, a, out=q_i)
+        q[sum(q_i.numel() for q_i in right(q)) :].zero_()
         yield  # q = M^T P
 
         finite = [torch.isfinite(q_i).all() for q_i in right(q)]
@@ -103,6 +112,32 @@ class PowerSGD(Compressor):
             new.addcmul_(old.to(torch.float64), _HELD * torch.linalg.vector_norm(new) + 1e-100)
         _orthonormalize(right(double))
         torch.where(torch.stack(finite).all(), double.to(torch.float32), held, out=held)
+        steps = kernels.notes["steps"] = kernels.notes.get("steps", 0) + 1
+        if self.ranks == "adaptive" and steps % _PERIOD == 0 and all(finite):
+            self._choose_ranks(kernels, [tuple(g.shape) for g in grads], right(q), right(held))
+
+    def _choose_ranks(self, kernels: Any, shapes: list[tuple[int, int]], sent: list[Tensor], directions: list[Tensor]) -> None:
+        """Which directions each matrix keeps, by the energy that they have sent; new ones are drawn. All are moved to where
+        they lie with the new ranks."""
+        squares = [q.to(torch.float64).square().sum(1).tolist() for q in sent]
+        now, held = kernels.notes["ranks"], kernels.scratch("held", torch.float32, self.rank * sum(columns for _, columns in shapes))
+        known = expected(energies(squares), kernels.notes.get("energies", [[]] * len(now)))
+        chosen, kernels.notes["energies"] = allocate(self.rank, shapes, now, known), known
+        if chosen == now:
+            return
+        order = [sorted(range(r), key=lambda j: -energies([[s[j]]])[0][0]) for r, s in zip(now, squares)]  # ties to the first
+        kept = [d[o[:r]] for d, o, r in zip(directions, order, chosen)]
+        _draw(held, kernels.draw[0] + kernels.notes["steps"])
+        for place, d in zip(_thin(held, chosen, [columns for _, columns in shapes]), kept):
+            place.mul_(place.shape[1] ** -0.5)  # about as long as the others
+            place[: d.shape[0]] = d
+        kernels.notes["ranks"] = chosen
+
+
+def _thin(flat: Tensor, ranks: list[int], lengths: list[int]) -> list[Tensor]:
+    """The thin matrices [rank, length] that lie one after the other; what is behind them is not in use."""
+    sizes = [r * length for r, length in zip(ranks, lengths)]
+    return [t.view(r, -1) for t, r in zip(flat[: sum(sizes)].split(sizes), ranks)]
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:
@@ -130,6 +165,10 @@ def _draw(flat: Tensor, seed: int) -> None:
 def _orthonormalize(thin: list[Tensor]) -> None:
     """Makes the rows of each matrix, float64 [rank, n], orthonormal. Zeros stay zeros, and a row that depends on those
     before it, to 2^-20 of the matrix, may end shorter than 1, never longer."""
+    if len({len(a) for a in thin}) > 1:
+        for rank in sorted({len(a) for a in thin}):
+            _orthonormalize([a for a in thin if len(a) == rank])
+        return
     for _ in range(2):
         gram = torch.stack([a @ a.T for a in thin])
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
