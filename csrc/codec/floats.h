@@ -70,15 +70,21 @@ template <class E> CODEC Small to_small_stochastic(float x, uint32_t random16) {
 }
 
 template <class E> CODEC float from_small(uint32_t code) {
-  constexpr int shift = 23 - E::kMantissa;
-  uint32_t rest = code & ((1u << (E::kBits - 1)) - 1), sign = (code >> (E::kBits - 1) & 1u) << 31;
-  uint32_t normal = (rest << shift) + kLeastBits<E> - (1u << 23);
-  // Below the normal values the spacing is that of the binade above, where a leading one is too much.
-  uint32_t denormal = bits_of(sub(float_of((rest << shift) + kLeastBits<E>), float_of(kLeastBits<E>)));
-  uint32_t bits = rest >> E::kMantissa ? normal : denormal;
-  if (E::kMantissa == 3) bits = rest == 0x7fu ? kNaN : bits;
-  if (E::kMantissa == 2) bits = rest >= 0x7cu ? rest << shift | 0x7f800000u : bits;
-  return float_of(bits | sign);
+  constexpr uint32_t rest = ((1u << (E::kBits - 1)) - 1) << (23 - E::kMantissa);
+  uint32_t top = code << (32 - E::kBits);
+  int32_t bits = (int32_t)(top >> (9 - E::kBits + E::kMantissa) & rest), nan = (int32_t)kNaN;
+  bool special = E::kMantissa == 3 ? bits == 0x07f00000 : E::kMantissa == 2 && bits >= 0x0f800000;
+  if (E::kMantissa == 2) nan = bits | 0x7f800000;
+  if (E::kMantissa > 0) {
+    // As if there were a leading one below the normal values too, and twice that less what a leading one is worth there.
+    // The smaller is right: below the normal values the second, from them on the first.
+    float one = float_of((uint32_t)bits + kLeastBits<E> - (1u << 23));
+    int32_t none = (int32_t)bits_of(sub(add(one, one), float_of(kLeastBits<E>)));
+    bits = (int32_t)bits_of(one);
+    bits = bits < none ? bits : none;
+  }
+  bits = special ? nan : bits;
+  return float_of((uint32_t)bits | (top & 0x80000000u));
 }
 
 // --- scales ---

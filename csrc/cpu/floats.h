@@ -202,25 +202,27 @@ void float_encode(const FloatEncode& op, int64_t begin, int64_t end) {
   });
 }
 
-CODEC float scale_of(const FloatDecodeSum& op, int64_t w, int64_t block) {
-  const char* scales = (const char*)op.scales + op.out.stride * w;
-  if (op.scaling == commopt::kScaleFloat32) return ((const float*)scales)[block];
-  const uint8_t code = ((const uint8_t*)scales)[block];
-  if (op.scaling == commopt::kScaleE8M0) return from_e8m0(code);
-  return mul(from_small<E4M3>(code), *row(op.whole, op.out.stride, w));
+// The scales of a row's blocks from `block` on.
+CODEC void scales_of(const FloatDecodeSum& op, int64_t w, int64_t block, int64_t blocks, float* scales) {
+  const char* from = (const char*)op.scales + op.out.stride * w;
+  if (op.scaling == commopt::kScaleFloat32) {
+    memcpy(scales, from + 4 * block, (size_t)blocks * 4);
+  } else if (op.scaling == commopt::kScaleE8M0) {
+    for (int64_t b = 0; b < blocks; ++b) scales[b] = from_e8m0((uint8_t)from[block + b]);
+  } else {
+    const float whole = *row(op.whole, op.out.stride, w);
+    for (int64_t b = 0; b < blocks; ++b) scales[b] = mul(from_small<E4M3>((uint8_t)from[block + b]), whole);
+  }
 }
 
 // sum[0 .. count - 1] <- decoded codes of one block, or += where they are not the first.
 template <class E, bool kFirst> CODEC void float_decode_run(const uint8_t* codes, float scale, int64_t count, float* sum) {
   int64_t i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if (E::kBits == 4) {
-    const __m512 value = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
-    const __m512 table = _mm512_mul_ps(value, _mm512_set1_ps(scale));  // rounded like each product with the scale
-    for (; i + 16 <= count; i += 16) {
-      const __m512 v = looked_up(codes + i / 2, table);
-      _mm512_storeu_ps(sum + i, kFirst ? v : _mm512_add_ps(_mm512_loadu_ps(sum + i), v));
-    }
+    static constexpr float kCodes[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    const Sixteen table(kCodes, scale);  // rounded like each product with the scale
+    for (; i + 16 <= count; i += 16) look_up<kFirst>(table, codes + i / 2, sum + i);
   }
 #endif
   uint16_t pairs[kStrip / 2 + 1];
@@ -233,26 +235,48 @@ template <class E, bool kFirst> CODEC void float_decode_run(const uint8_t* codes
   }
 }
 
-template <class Out, class E> void float_decode_loop(const FloatDecodeSum& op, int64_t begin, int64_t end) {
-  typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
-  for (int64_t block = begin / op.block; block * op.block < end; ++block) {
-    strips(block * op.block, least(end, (block + 1) * op.block), [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-      float sum[kStrip];
-      for (int64_t w = 0; w < op.out.rows; ++w) {
-        const float scale = scale_of(op, w, block);
-        const uint8_t* codes = row(op.codes, op.out.stride, w) + (E::kBits == 8 ? at : at / 2);
-        prefetch(codes, 1);
-        if (w == 0) float_decode_run<E, true>(codes, scale, count, sum);
-        else float_decode_run<E, false>(codes, scale, count, sum);
-      }
-      for (int64_t i = 0; i < count; ++i) out[at + i] = Out::store(mul(sum[i], op.out.weight));
+// The same for kDrawn elements in short blocks, where a loop whose length is a constant saves most.
+template <class E, bool kFirst, int kBlock> CODEC void float_decode_short(const uint8_t* codes, const float* scales, float* sum) {
+  for (int b = 0; b < kDrawn / kBlock; ++b)
+    float_decode_run<E, kFirst>(codes + b * kBlock * E::kBits / 8, scales[b], kBlock, sum + b * kBlock);
+}
+
+// And for up to kDrawn elements of row w from `at` on.
+template <class E, bool kFirst> CODEC void float_decode_row(const FloatDecodeSum& op, int64_t w, int64_t at, int64_t count, float* sum) {
+  const uint8_t* codes = row(op.codes, op.out.stride, w) + at * E::kBits / 8;
+  const int64_t first = at / op.block;
+  float scales[kDrawn / 8 + 1];
+  prefetch_far(codes, count * E::kBits / 8, kAhead / 4);
+  scales_of(op, w, first, (at + count - 1) / op.block - first + 1, scales);
+  if (op.block == 32 && count == kDrawn) return float_decode_short<E, kFirst, 32>(codes, scales, sum);
+  if (E::kBits == 4 && op.block == 16 && count == kDrawn) return float_decode_short<E, kFirst, 16>(codes, scales, sum);
+  for (int64_t block = first, i = 0; i < count; ++block) {
+    const int64_t stop = least(count, (block + 1) * op.block - at);
+    strips(i, stop, [&](int64_t from, int64_t strip) __attribute__((always_inline)) {
+      float_decode_run<E, kFirst>(codes + from * E::kBits / 8, scales[block - first], strip, sum + from);
     });
+    i = stop;
   }
 }
 
+template <class E> void float_decode_rows(const FloatDecodeSum& op, int64_t at, int64_t count, float* sum) {
+  float_decode_row<E, true>(op, 0, at, count, sum);
+  for (int64_t w = 1; w < op.out.rows; ++w) float_decode_row<E, false>(op, w, at, count, sum);
+}
+
 void float_decode_sum(const FloatDecodeSum& op, int64_t begin, int64_t end) {
-  with_dtype(op.out.dtype, [&](auto out) {
-    with_element(op.element, [&](auto element) { float_decode_loop<decltype(out), decltype(element)>(op, begin, end); });
+  void (*rows)(const FloatDecodeSum&, int64_t at, int64_t count, float* sum) = nullptr;
+  with_element(op.element, [&](auto element) { rows = float_decode_rows<decltype(element)>; });
+  with_dtype(op.out.dtype, [&](auto dtype) {
+    using Out = decltype(dtype);
+    typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
+    alignas(64) float sum[kDrawn];
+    for (int64_t first = begin; first < end; first += kDrawn) {
+      rows(op, first, least(kDrawn, end - first), sum);
+      strips(0, least(kDrawn, end - first), [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+        for (int64_t i = at; i < at + count; ++i) out[first + i] = Out::store(mul(sum[i], op.out.weight));
+      });
+    }
   });
 }
 

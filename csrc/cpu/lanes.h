@@ -31,10 +31,15 @@ CODEC Floats times(Floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b
 CODEC Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 CODEC void save(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 
-// table[code] of sixteen 4-bit codes in order, the even element in the low nibble.
-CODEC __m512 looked_up(const uint8_t* codes, __m512 table) {
+// Sixteen values times a scale, and those of sixteen 4-bit codes in order, the even element in the low nibble.
+struct Sixteen {
+  __m512 values;
+  CODEC Sixteen(const float* of, float scale) : values(_mm512_mul_ps(_mm512_loadu_ps(of), _mm512_set1_ps(scale))) {}
+};
+template <bool kFirst> CODEC void look_up(const Sixteen& table, const uint8_t* codes, float* sum) {
   const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)codes));
-  return _mm512_permutexvar_ps(_mm512_or_si512(byte, _mm512_slli_epi64(byte, 28)), table);
+  const __m512 value = _mm512_permutexvar_ps(_mm512_or_si512(byte, _mm512_slli_epi64(byte, 28)), table.values);
+  _mm512_storeu_ps(sum, kFirst ? value : _mm512_add_ps(_mm512_loadu_ps(sum), value));
 }
 #elif defined(__AVX2__)
 constexpr int kLanes = 4;
@@ -57,6 +62,23 @@ CODEC Floats widened(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8
 CODEC Floats times(Floats a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
 CODEC Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 CODEC void save(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+
+struct Sixteen {
+  __m256 low, high;
+  CODEC Sixteen(const float* of, float scale)
+      : low(_mm256_mul_ps(_mm256_loadu_ps(of), _mm256_set1_ps(scale))), high(_mm256_mul_ps(_mm256_loadu_ps(of + 8), _mm256_set1_ps(scale))) {}
+};
+template <bool kFirst> CODEC void look_up(const Sixteen& table, const uint8_t* codes, float* sum) {
+  const __m256i down = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), up = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+  for (int i = 0; i < 16; i += 8) {
+    int eight;
+    memcpy(&eight, codes + i / 2, 4);
+    const __m256i all = _mm256_set1_epi32(eight), which = _mm256_srlv_epi32(all, down);
+    const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, which), _mm256_permutevar8x32_ps(table.high, which),
+                                          _mm256_castsi256_ps(_mm256_sllv_epi32(all, up)));
+    _mm256_storeu_ps(sum + i, kFirst ? value : _mm256_add_ps(_mm256_loadu_ps(sum + i), value));
+  }
+}
 #else
 constexpr int kLanes = 2;
 using Lanes = __m128i;

@@ -210,14 +210,11 @@ void quant_encode(const QuantEncode& op, int64_t begin, int64_t end) {
 // sum[0 .. count - 1] <- decoded codes of one block, or += where they are not the first.
 template <int kBits, bool kFirst> CODEC void dequantize_run(const uint8_t* codes, float scale, int64_t count, float* sum) {
   int64_t i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if (kBits == 4) {
-    const __m512 q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512 table = _mm512_mul_ps(q, _mm512_set1_ps(scale));  // rounded like each product with the scale
-    for (; i + 16 <= count; i += 16) {
-      const __m512 value = looked_up(codes + i / 2, table);
-      _mm512_storeu_ps(sum + i, kFirst ? value : _mm512_add_ps(_mm512_loadu_ps(sum + i), value));
-    }
+    static constexpr float kCodes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    const Sixteen table(kCodes, scale);  // rounded like each product with the scale
+    for (; i + 16 <= count; i += 16) look_up<kFirst>(table, codes + i / 2, sum + i);
   }
 #endif
   // The codes of a byte, a byte each.
