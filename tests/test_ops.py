@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import DTYPES, LARGE, SIZES, VALUES, difference, run, values_of, variants
+from op_cases import DTYPES, LARGE, SIZES, VALUES, difference, message_rows, run, values_of, variants
 
 _C = pytest.importorskip("commopt._C", reason="the native kernels are not built")
 from commopt.backends import cpu, reference  # noqa: E402
@@ -124,6 +124,30 @@ def test_topk_does_not_depend_on_what_it_carries(course, loss_scale):
             want, got = (topk_step(m, x, r, k, w, loss_scale) for m, r, w in zip((reference, with_threads(threads)), residuals, workspaces))
             wrong = difference(want, got)
             assert not wrong, f"step {step} {isa} {threads} threads {kind}: {wrong}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_topk_decode_past_the_caches(isa, dtype):
+    """An output so large that it is written past the caches, on and off the alignment that this needs; and entries out of order."""
+    n, k, rows = 2**22 + 4_321, 30_000, 3
+    _C.cpu.use_isa(isa)
+    g = torch.Generator().manual_seed(5)
+    values = torch.randn(rows, k, generator=g)
+    index = torch.stack([torch.randperm(n, generator=g)[:k].sort().values for _ in range(rows)])
+    starts = torch.stack([torch.searchsorted(i, torch.arange(0, n, 65536)) for i in index])
+    index = (index & 0xFFFF).to(torch.int32).to(torch.int16)
+    index[1, 5000:5200] = index[1, 5000:5200].flip(0)
+    fields = {"values": values, "index": index, "starts": starts}
+    message = message_rows(rows, {name: (field.shape[1], field.dtype) for name, field in fields.items()}, "cpu")
+    for name, field in fields.items():
+        message[name].copy_(field)
+    for offset in (0, 1):
+        want, got = (torch.empty(n + 1, dtype=dtype)[offset:][:n] for _ in range(2))
+        for kernels, out in ((reference, want), (cpu, got)):
+            kernels.topk_decode_sum(out, 1 / 3, *message.values())
+        wrong = difference({"out": want}, {"out": got})
+        assert not wrong, f"{isa}, offset {offset}: {wrong}"
 
 
 def test_flushed_denormals_change_nothing():

@@ -1,4 +1,4 @@
-// As many 64-bit lanes as the instruction set has, with the operations that Philox needs.
+// As many 64-bit lanes as the instruction set has, with the operations that Philox needs and a store past the caches.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -14,6 +14,7 @@ using Lanes = __m512i;
 CODEC Lanes all(uint64_t x) { return _mm512_set1_epi64((long long)x); }
 CODEC Lanes load(const uint64_t* p) { return _mm512_loadu_si512(p); }
 CODEC void save(void* p, Lanes a) { _mm512_storeu_si512(p, a); }
+CODEC void stream(void* p, Lanes a) { _mm512_stream_si512((__m512i*)p, a); }
 CODEC Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi64(a, b); }
 CODEC Lanes product(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 CODEC Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
@@ -47,6 +48,7 @@ using Lanes = __m256i;
 CODEC Lanes all(uint64_t x) { return _mm256_set1_epi64x((long long)x); }
 CODEC Lanes load(const uint64_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 CODEC void save(void* p, Lanes a) { _mm256_storeu_si256((__m256i*)p, a); }
+CODEC void stream(void* p, Lanes a) { _mm256_stream_si256((__m256i*)p, a); }
 CODEC Lanes plus(Lanes a, Lanes b) { return _mm256_add_epi64(a, b); }
 CODEC Lanes product(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
 CODEC Lanes high(Lanes a) { return _mm256_srli_epi64(a, 32); }
@@ -85,6 +87,7 @@ using Lanes = __m128i;
 CODEC Lanes all(uint64_t x) { return _mm_set1_epi64x((long long)x); }
 CODEC Lanes load(const uint64_t* p) { return _mm_loadu_si128((const __m128i*)p); }
 CODEC void save(void* p, Lanes a) { _mm_storeu_si128((__m128i*)p, a); }
+CODEC void stream(void* p, Lanes a) { _mm_stream_si128((__m128i*)p, a); }
 CODEC Lanes plus(Lanes a, Lanes b) { return _mm_add_epi64(a, b); }
 CODEC Lanes product(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
 CODEC Lanes high(Lanes a) { return _mm_srli_epi64(a, 32); }

@@ -1,6 +1,7 @@
 // The loops of exact top-k; topk.cpp says how they fit together.
 #pragma once
 #include "candidates.h"
+#include "lanes.h"
 #include "table.h"
 
 namespace {
@@ -163,29 +164,73 @@ void topk_emit(const TopkEmit& emit, const TopkPart& part, int64_t position, int
 
 // --- decode ---
 
+// An output of so many bytes is written past the caches: what comes first would have left them before the last is there,
+// and a line that need not be read before it is written costs half.
+constexpr int64_t kStreamed = 8 << 20;
+constexpr int64_t kPart = 4096;  // elements at once: their sum stays in the first level of the caches
+
+// out[0 .. count - 1] <- weight * sum.
+template <class Out> CODEC void write_sum(const float* __restrict sum, float weight, int64_t count, bool streamed, typename Out::Stored* __restrict out) {
+  strips(0, count, [&](int64_t at, int64_t strip) __attribute__((always_inline)) {
+    alignas(64) typename Out::Stored values[kStrip];
+    for (int64_t i = 0; i < strip; ++i) values[i] = Out::store(mul(sum[at + i], weight));
+    if (streamed && strip == kStrip)
+      for (size_t i = 0; i < sizeof values; i += sizeof(Lanes)) stream((char*)(out + at) + i, load((const uint64_t*)((const char*)values + i)));
+    else memcpy(out + at, values, (size_t)strip * sizeof *out);
+  });
+}
+
+struct Entries {
+  int64_t from, to;
+};
+CODEC bool in_order(const uint16_t* index, Entries of) {
+  int descents = 0;
+  for (int64_t j = of.from + 1; j < of.to; ++j) descents += index[j] < index[j - 1];
+  return descents == 0;
+}
+
 template <class Out> void topk_decode_loop(const TopkDecodeSum& op, float* __restrict sum, int64_t begin, int64_t end) {
   typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
+  const bool streamed = op.out.n * (int64_t)sizeof *out >= kStreamed && (uintptr_t)out % sizeof(Lanes) == 0;
   // Where each row's list has arrived: the largest start so far. Rows beyond these look it up again for every tile.
   constexpr int64_t kRemembered = 64;
   int64_t arrived[kRemembered] = {};
+  Entries entries[kRemembered];
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t tile = first / kTile, count = least(kTile, end - first);
-    memset(sum, 0, (size_t)count * 4);
-    for (int64_t w = 0; w < op.out.rows; ++w) {
-      const float* values = row(op.values, op.out.stride, w);
-      const uint16_t* index = row(op.index, op.out.stride, w);
+    auto entries_of = [&](int64_t w) {
       const int64_t* starts = row(op.starts, op.out.stride, w);
       const bool known = w < kRemembered && first > begin;
       int64_t from = known ? arrived[w] : 0;
       for (int64_t t = known ? tile : 0; t <= tile; ++t) from = starts[t] > from ? starts[t] : from;
       if (w < kRemembered) arrived[w] = from;
       const bool last = tile * kTile + kTile >= op.out.n;
-      const int64_t to = last ? op.k : least(starts[tile + 1] > from ? starts[tile + 1] : from, op.k);
-      for (int64_t j = least(from, op.k); j < to; ++j)
-        if (index[j] < count) sum[index[j]] = add(sum[index[j]], values[j]);
+      return Entries{least(from, op.k), last ? op.k : least(starts[tile + 1] > from ? starts[tile + 1] : from, op.k)};
+    };
+    // Part by part if each row's entries are in order, as they are but in a message that no encoder wrote.
+    bool ordered = op.out.rows <= kRemembered;
+    for (int64_t w = 0; w < least(op.out.rows, kRemembered); ++w) {
+      entries[w] = entries_of(w);
+      ordered &= in_order(row(op.index, op.out.stride, w), entries[w]);
     }
-    for (int64_t i = 0; i < count; ++i) out[first + i] = Out::store(mul(sum[i], op.out.weight));
+    const int64_t part = ordered ? kPart : kTile;
+    for (int64_t start = 0; start < count; start += part) {
+      const int64_t stop = least(start + part, count);
+      memset(sum, 0, (size_t)(stop - start) * 4);
+      for (int64_t w = 0; w < op.out.rows; ++w) {
+        const float* values = row(op.values, op.out.stride, w);
+        const uint16_t* index = row(op.index, op.out.stride, w);
+        const Entries those = w < kRemembered ? entries[w] : entries_of(w);
+        for (int64_t j = those.from; j < those.to; ++j) {
+          if (index[j] < stop) sum[index[j] - start] = add(sum[index[j] - start], values[j]);
+          else if (ordered) break;
+          if (ordered) entries[w].from = j + 1;
+        }
+      }
+      write_sum<Out>(sum, op.out.weight, stop - start, streamed, out + first + start);
+    }
   }
+  if (streamed) _mm_sfence();  // before other threads are told that it is written
 }
 
 void topk_decode_sum(const TopkDecodeSum& op, float* tile, int64_t begin, int64_t end) {
