@@ -10,6 +10,7 @@ from test_plan import exchange, parameters
 
 import commopt
 from commopt import backends
+from commopt.compressors.topk_scopes import SCOPES
 from commopt.plan import Plan
 from ranks import close, same
 
@@ -232,9 +233,51 @@ def test_a_stream_of_bits(width):
             same(again, short)
 
 
+@pytest.mark.parametrize("bits", [11, 16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_ascending_list_beyond_32_bits(backend, bits):
+    """Elements up to 2^33 + 4, against Python's integers: the j-th of them sets bit (p >> bits) + j."""
+    n, kernels = 2**33 + 5, __import__(f"commopt.backends.{backend}", fromlist=[backend])
+    elements = sorted({0, 1, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 70_000, n - 2, n - 1, *(i * 12_345_677 for i in range(600))})
+    k, tiles = len(elements), torch.arange(-(-n // 65536))
+    index = torch.tensor([(p % 65536 ^ 0x8000) - 0x8000 for p in elements], dtype=torch.int16)
+    starts = torch.searchsorted(torch.tensor(elements), tiles * 65536)
+    high, again, begin = torch.zeros(-(-(k + (n >> bits)) // 8), dtype=torch.uint8), index & (-1 if bits == 16 else 2**bits - 1), starts * 0
+    kernels.eliasfano_pack(index, starts, high, n, bits)
+    assert int.from_bytes(bytes(high.tolist()), "little") == sum(1 << (p >> bits) + j for j, p in enumerate(elements))
+    kernels.eliasfano_unpack(high, again, begin, n, bits)
+    same(again, index), same(begin, starts)
+    same(SCOPES["global"].positions(n, 0.0, again, begin), torch.tensor(elements))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_bytes_are_an_ascending_list(seed):
+    g = torch.Generator().manual_seed(seed)
+    n, k, bits = ((200_003, 2000, 6), (65_536, 1, 16), (70_001, 30_000, 1), (5, 5, 1), (131_072, 0, 9), (1000, 999, 16))[seed]
+    results = []
+    high = torch.randint(0, 256, (-(-(k + (n >> bits)) // 8),), generator=g).to(torch.uint8) * (seed != 2)
+    low = torch.randint(-32768, 32768, (k,), generator=g).to(torch.int16)
+    for name in ("reference", "cpu"):
+        kernels = __import__(f"commopt.backends.{name}", fromlist=[name])
+        around = torch.full((k + 64,), 77, dtype=torch.int16), torch.full((-(-n // 65536) + 64,), 77)
+        index, starts = around[0][32 : k + 32], around[1][32:-32]
+        index.copy_(low)
+        kernels.eliasfano_unpack(high, index, starts, n, bits)
+        assert all(int((t == 77).sum()) >= 64 for t in around)
+        results.append(around)
+    for want, got in zip(*results):
+        same(got, want)
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda k: k.bits_pack(torch.zeros(3, dtype=torch.int16), torch.zeros(4, dtype=torch.uint8), 17), "bits_pack: width"),
     (lambda k: k.bits_unpack(torch.zeros(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.int16), 10), "bits_unpack: packed"),
+    (lambda k: k.eliasfano_pack(torch.zeros(3, dtype=torch.int16), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8), 9, 17),
+     "eliasfano_pack: bits must be a number from 1 to 16, got 17"),
+    (lambda k: k.eliasfano_unpack(torch.zeros(1, dtype=torch.uint8), torch.zeros(3, dtype=torch.int16), torch.zeros(1, dtype=torch.int64), 2, 1),
+     "eliasfano_unpack: index holds 3 entries"),
+    (lambda k: k.eliasfano_unpack(torch.zeros(1, dtype=torch.uint8), torch.zeros(3, dtype=torch.int16), torch.zeros(2, dtype=torch.int64), 9, 1),
+     "eliasfano_unpack: starts"),
     (lambda k: k.randomk_decode_sum(torch.zeros(5), 1.0, torch.zeros(1, 6), (0, 0, 0)), "randomk_decode_sum: values must hold"),
     (lambda k: k.blocktopk_decode_sum(torch.zeros(5), 1.0, torch.zeros(1, 6), torch.zeros(1, 6, dtype=torch.int16), 1), "blocktopk_decode_sum: 6 values"),
     (lambda k: k.blocktopk_encode(torch.zeros(5), None, torch.ones(1), torch.zeros(2), torch.zeros(3, dtype=torch.int16), 1), "blocktopk_encode: index"),
