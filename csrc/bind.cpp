@@ -79,8 +79,9 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
     run(TopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,
                    at<uint8_t>(workspace), workspace_bytes}, where);
   }, Free());
-  m.def("topk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, ptr index, ptr starts, int64_t k, int64_t where) {
-    run(TopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k}, where);
+  m.def("topk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, int64_t place_stride, ptr values, ptr index, ptr starts,
+                               int64_t k, int64_t where) {
+    run(TopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, place_stride, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k}, where);
   }, Free());
   m.def("sparse_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, int64_t where) {
     run(SparseAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k}, where);
@@ -98,8 +99,9 @@ template <class Run> void bind_cpu_ops(py::module_ m, Run run) {
   m.def("blocktopk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
     run(BlockTopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<int16_t>(index), count, k}, where);
   }, Free());
-  m.def("blocktopk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr values, ptr index, int64_t count, int k, int64_t where) {
-    run(BlockTopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<float>(values), at<int16_t>(index), count, k}, where);
+  m.def("blocktopk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, int64_t place_stride, ptr values, ptr index,
+                                    int64_t count, int k, int64_t where) {
+    run(BlockTopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, place_stride, at<float>(values), at<int16_t>(index), count, k}, where);
   }, Free());
   m.def("blocktopk_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
     run(BlockTopkAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<int16_t>(index), count, k}, where);

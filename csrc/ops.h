@@ -161,6 +161,7 @@ struct ThresholdEncode {
 };
 struct TopkDecodeSum {
   Output out;
+  int64_t place_stride;  // as `stride`, of the index and starts
   const float* values;
   const uint16_t* index;
   const int64_t* starts;
@@ -185,6 +186,7 @@ struct BlockTopkEncode {
 };
 struct BlockTopkDecodeSum {
   Output out;
+  int64_t place_stride;  // as `stride`, of the index
   const float* values;
   const int16_t* index;
   int64_t count;

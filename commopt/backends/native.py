@@ -270,9 +270,9 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         given = c.output(out, weight, values)
         k = values.shape[1]
         v = c.field("values", values, torch.float32, given[4], k, given[5])
-        i = c.field("index", index, torch.int16, given[4], k, given[5])
-        s = c.field("starts", starts, torch.int64, given[4], -(-out.numel() // TILE), given[5])
-        module.topk_decode_sum(*given, v, i, s, k, where(out.device))
+        i, apart = c.tensor("index", index, torch.int16, (given[4], k)), 2 * index.stride(0)  # the places may lie elsewhere
+        s = c.field("starts", starts, torch.int64, given[4], -(-out.numel() // TILE), apart)
+        module.topk_decode_sum(*given, apart, v, i, s, k, where(out.device))
 
     def sparse_add(residual, loss_scale, values, index, starts) -> None:
         c = checker("sparse_add")
@@ -297,9 +297,9 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         given = c.output(out, weight, values)
         count = values.shape[1]
         v = c.field("values", values, torch.float32, given[4], count, given[5])
-        i = c.field("index", index, torch.int16, given[4], count, given[5])
+        i = c.tensor("index", index, torch.int16, (given[4], count))
         entries_of_blocks("blocktopk_decode_sum", out.numel(), count, k)
-        module.blocktopk_decode_sum(*given, v, i, count, k, where(out.device))
+        module.blocktopk_decode_sum(*given, 2 * index.stride(0), v, i, count, k, where(out.device))
 
     def blocktopk_add(residual, loss_scale, values, index, k) -> None:
         c = checker("blocktopk_add")

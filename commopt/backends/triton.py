@@ -195,7 +195,7 @@ def threshold_encode(x, _, residual, loss_scale, n, values, index, starts, k, co
     _launch(device, threshold.threshold_emit, tiles, *given, head, counts, mask, values, index, starts, begin, k, n, tiles, TILE=_TILE)
 
 
-def topk_decode_sum(out, _, weight, n, rows, stride, values, index, starts, k, device):
+def topk_decode_sum(out, _, weight, n, rows, stride, place_stride, values, index, starts, k, device):
     total = out if out.dtype == torch.float32 else torch.empty(n, dtype=torch.float32, device=device)
     strides = values.stride(0), index.stride(0), starts.stride(0)
     tiles = starts.shape[1]
@@ -221,7 +221,7 @@ def blocktopk_encode(x, _, residual, loss_scale, n, values, index, count, k, dev
     _launch(device, blocktopk.blocktopk_encode, _blocks(n, k, count)[0], x, residual, loss_scale, values, index, k, count, n, ROWS=4)
 
 
-def blocktopk_decode_sum(out, _, weight, n, rows, stride, values, index, count, k, device):
+def blocktopk_decode_sum(out, _, weight, n, rows, stride, place_stride, values, index, count, k, device):
     total = out if out.dtype == torch.float32 else torch.empty(n, dtype=torch.float32, device=device)
     programs, constants = _blocks(n, k, count)
     strides = values.stride(0), index.stride(0)

@@ -123,15 +123,18 @@ class TopK(Compressor):
 
     def lists(self, kernels, n: int, *fields: Tensor) -> list[Tensor]:
         """The lists of the rows of fields as the ops add them up: values, float32 [rows, k], and where they were, plainly."""
-        scope, k, rows = SCOPES[self.scope], self.k(n), fields[0].shape[0]
-        if self.values == "float32" and self._coding is PLAIN:
-            return list(fields)
+        k, rows = self.k(n), fields[0].shape[0]
         coded, placed = self._split(fields, k)
-        wide = Layout([("values", torch.float32, k), *scope.places(n, k)])
-        values, *places = wide.views(kernels.scratch("wide", torch.uint8, rows * wide.nbytes).view(rows, wide.nbytes))
-        for r in range(rows):
-            FORMATS[self.values].decode(kernels, values[r], *(field[r : r + 1] for field in coded))
-            self._coding.read(kernels, n, [place[r] for place in places], [field[r] for field in placed])
+        values, places = coded[0], placed
+        if self.values != "float32":
+            values = kernels.scratch("lists", torch.float32, rows * k).view(rows, k)
+            for r in range(rows):
+                FORMATS[self.values].decode(kernels, values[r], *(field[r : r + 1] for field in coded))
+        if self._coding is not PLAIN:
+            plain = Layout(SCOPES[self.scope].places(n, k))
+            places = plain.views(kernels.scratch("places", torch.uint8, rows * plain.nbytes).view(rows, plain.nbytes))
+            for r in range(rows):
+                self._coding.read(kernels, n, [place[r] for place in places], [field[r] for field in placed])
         return [values, *places]
 
     def _split(self, fields, k: int):

@@ -160,7 +160,7 @@ template <class Out> void blocktopk_decode_loop(const BlockTopkDecodeSum& op, in
   // An entry that does not lie beyond those before it is none.
   auto add_block = [&](int64_t w, int64_t from, int64_t k, int64_t count, auto where) __attribute__((always_inline)) {
     const float* values = row(op.values, op.out.stride, w) + from;
-    const int16_t* index = row(op.index, op.out.stride, w) + from;
+    const int16_t* index = row(op.index, op.place_stride, w) + from;
     int highest = -1;
     for (int64_t e = 0; e < k; ++e) {
       const int i = index[e];

@@ -199,7 +199,7 @@ template <class Out> void topk_decode_loop(const TopkDecodeSum& op, float* __res
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t tile = first / kTile, count = least(kTile, end - first);
     auto entries_of = [&](int64_t w) {
-      const int64_t* starts = row(op.starts, op.out.stride, w);
+      const int64_t* starts = row(op.starts, op.place_stride, w);
       const bool known = w < kRemembered && first > begin;
       int64_t from = known ? arrived[w] : 0;
       for (int64_t t = known ? tile : 0; t <= tile; ++t) from = starts[t] > from ? starts[t] : from;
@@ -211,7 +211,7 @@ template <class Out> void topk_decode_loop(const TopkDecodeSum& op, float* __res
     bool ordered = op.out.rows <= kRemembered;
     for (int64_t w = 0; w < least(op.out.rows, kRemembered); ++w) {
       entries[w] = entries_of(w);
-      ordered &= in_order(row(op.index, op.out.stride, w), entries[w]);
+      ordered &= in_order(row(op.index, op.place_stride, w), entries[w]);
     }
     const int64_t part = ordered ? kPart : kTile;
     for (int64_t start = 0; start < count; start += part) {
@@ -219,7 +219,7 @@ template <class Out> void topk_decode_loop(const TopkDecodeSum& op, float* __res
       memset(sum, 0, (size_t)(stop - start) * 4);
       for (int64_t w = 0; w < op.out.rows; ++w) {
         const float* values = row(op.values, op.out.stride, w);
-        const uint16_t* index = row(op.index, op.out.stride, w);
+        const uint16_t* index = row(op.index, op.place_stride, w);
         const Entries those = w < kRemembered ? entries[w] : entries_of(w);
         for (int64_t j = those.from; j < those.to; ++j) {
           if (index[j] < stop) sum[index[j] - start] = add(sum[index[j] - start], values[j]);

@@ -77,14 +77,14 @@ template <class T> __global__ void __launch_bounds__(kThreads) decode(T* out, bo
         for (int r = threadIdx.x / 32; r < here; r += kThreads / 32) {
           bool goes_on = known >= 0 && rows <= kRows;  // from the tile before
           int64_t most = goes_on ? reached[r] : 0;
-          Range range = range_of(row_of(op.starts, batch + r, op.out.stride), op.k, tiles, goes_on ? tile : 0, tile, most);
+          Range range = range_of(row_of(op.starts, batch + r, op.place_stride), op.k, tiles, goes_on ? tile : 0, tile, most);
           __syncwarp();
           if (threadIdx.x % 32 == 0) ranges[r] = range, reached[r] = most;
         }
       __syncthreads();
       for (int r = 0; r < here; ++r) {
         const float* values = row_of(op.values, batch + r, op.out.stride);
-        add_entries(row_of(op.index, batch + r, op.out.stride), ranges[r], [&](int at, int64_t entry) {
+        add_entries(row_of(op.index, batch + r, op.place_stride), ranges[r], [&](int at, int64_t entry) {
           unsigned i = (unsigned)(at - base);
           if (i < (unsigned)size) sum[i] = add(sum[i], values[entry]);
         });

@@ -100,14 +100,14 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     Field<uint16_t> index(k, stride);
     Field<int64_t> starts(tiles, stride);
     // Rows of random bytes: no message may make a decoder leave its output.
-    cuda::run(TopkDecodeSum{g.output(stride), values.row(), index.row(), starts.row(), k}, nullptr);
+    cuda::run(TopkDecodeSum{g.output(stride), stride, values.row(), index.row(), starts.row(), k}, nullptr);
     cuda::run(SparseAdd{g.residual.data(), &g.loss_scale, n, values.row(), index.row(), starts.row(), k}, nullptr);
     Exact<uint8_t> workspace(cuda::topk_workspace(n, k));
     for (int call = 0; call < 4; ++call) {
       g.loss_scale = call == 2 ? 1.0f : 1024.0f;
       cuda::run(TopkEncode{g.input(), values.row(1), index.row(1), starts.row(1), k, workspace.data(), (int64_t)workspace.held.size()}, nullptr);
     }
-    cuda::run(TopkDecodeSum{g.output(stride), values.row(), index.row(), starts.row(), k}, nullptr);
+    cuda::run(TopkDecodeSum{g.output(stride), stride, values.row(), index.row(), starts.row(), k}, nullptr);
   }
 }
 
