@@ -114,11 +114,12 @@ template <class E> CODEC SharedScale float32_scale(uint32_t absmax) { return {bl
 
 // whole: what the e4m3 scale is multiplied with.
 template <class E> CODEC SharedScale e4m3_scale(uint32_t absmax, float whole) {
-  if (absmax >= kNonFinite || magnitude(whole) >= kNonFinite) return {{float_of(kNaN), 0.0f}, 0x7f};
-  Small ratio = to_small<E4M3>(whole > 0.0f ? divide(divide(float_of(absmax), float_of(E::kMost)), whole) : 0.0f);
-  float scale = mul(ratio.value, whole);
-  float inverse = scale > 0.0f ? divide(1.0f, scale) : 0.0f;
-  return {{scale, magnitude(inverse) >= kNonFinite ? 0.0f : inverse}, ratio.code};
+  bool finite = ((int32_t)absmax < (int32_t)kNonFinite) & ((int32_t)magnitude(whole) < (int32_t)kNonFinite);
+  float quotient = divide(divide(float_of(absmax), float_of(E::kMost)), whole);
+  Small ratio = to_small<E4M3>(whole > 0.0f ? quotient : 0.0f);
+  float scale = mul(ratio.value, whole), inverse = divide(1.0f, scale);
+  bool usable = finite & (scale > 0.0f) & ((int32_t)magnitude(inverse) < (int32_t)kNonFinite);
+  return {{finite ? scale : float_of(kNaN), usable ? inverse : 0.0f}, finite ? ratio.code : 0x7fu};
 }
 
 }  // namespace

@@ -92,6 +92,27 @@ template <class E> struct Scales {
     ((uint8_t*)op.scales)[block] = (uint8_t)shared.code;
     return shared;
   }
+
+  // The same for several blocks from `block` on, one loop for each kind of scale.
+  template <int kBlocks> CODEC void several(const int32_t* __restrict absmax, int64_t block, float* __restrict scale, float* __restrict inverse) const {
+    uint8_t codes[kBlocks];
+    auto each = [&](auto scale_of) __attribute__((always_inline)) {
+      for (int b = 0; b < kBlocks; ++b) {
+        const SharedScale shared = scale_of((uint32_t)absmax[b]);
+        scale[b] = shared.scale;
+        inverse[b] = shared.inverse;
+        codes[b] = (uint8_t)shared.code;
+      }
+    };
+    if (op.scaling == commopt::kScaleFloat32) {
+      each([](uint32_t m) __attribute__((always_inline)) { return float32_scale<E>(m); });
+      memcpy((float*)op.scales + block, scale, kBlocks * 4);
+      return;
+    }
+    if (op.scaling == commopt::kScaleE8M0) each([](uint32_t m) __attribute__((always_inline)) { return e8m0_scale<E>(m); });
+    else each([&](uint32_t m) __attribute__((always_inline)) { return e4m3_scale<E>(m, whole); });
+    memcpy((uint8_t*)op.scales + block, codes, kBlocks);
+  }
 };
 
 // q, and what is left of acc, for a run of elements that share a scale.
@@ -121,30 +142,51 @@ template <class E> CODEC void store_codes(uint8_t* q, int64_t count, uint8_t* co
   });
 }
 
-// Short blocks, kDrawn elements of them at a time: what there is to encode, then all scales, then all codes. Returns the
-// first element that is left over.
+// Short blocks, kDrawn elements of them at a time: what there is to encode, then all scales, then all codes, those of
+// several blocks in one loop, because the loop over one would have narrow vectors. Returns the first element that is left over.
 template <class E, bool kResidual, int kBlock> int64_t encode_short(const FloatEncode& op, Load load, int64_t begin, int64_t end) {
   constexpr int kBlocks = kDrawn / kBlock;
   const float unscale = divide(1.0f, *op.in.loss_scale);
   const Scales<E> scales(op);
   alignas(64) float acc[kDrawn];
   alignas(64) uint8_t nibbles[kDrawn + 64];
-  SharedScale shared[kBlocks];
+  alignas(64) int32_t most[kBlocks];
+  alignas(64) float scale[kBlocks], inverse[kBlocks];
   for (; begin + kDrawn <= end; begin += kDrawn) {
     load(op.in, begin, kDrawn, acc);
     for (int b = 0; b < kBlocks; ++b) {
-      int32_t most = 0;
+      most[b] = 0;
       for (int i = 0; i < kBlock; ++i) {
         const int32_t m = (int32_t)magnitude(acc[b * kBlock + i]);
-        most = m > most ? m : most;
+        most[b] = m > most[b] ? m : most[b];
       }
-      shared[b] = scales((uint32_t)most, begin / kBlock + b);
     }
+    scales.template several<kBlocks>(most, begin / kBlock, scale, inverse);
     uint8_t* q = E::kBits == 8 ? op.codes + begin : nibbles;
-    for (int b = 0; b < kBlocks; ++b) {
-      if (b * kBlock % kStrip == 0) prefetch_rest(op.in, begin + b * kBlock, kStrip);
-      if (magnitude(shared[b].scale) >= kNonFinite) memset(q + b * kBlock, 0, kBlock);
-      else encode_run<E, kResidual, false>(acc + b * kBlock, kBlock, shared[b], unscale, nullptr, q + b * kBlock, op.in.residual + begin + b * kBlock);
+    for (int at = 0; at < kDrawn; at += kStrip) {
+      prefetch_rest(op.in, begin + at, kStrip);
+      alignas(64) float scale_of[kStrip], inverse_of[kStrip];
+      bool finite = true;
+      for (int i = 0; i < kStrip; i += kBlock) {
+        const float s = scale[(at + i) / kBlock], inverted = inverse[(at + i) / kBlock];
+        for (int e = 0; e < kBlock; ++e) scale_of[i + e] = s, inverse_of[i + e] = inverted;
+        finite &= magnitude(s) < kNonFinite;
+      }
+      if (finite) {
+        float* __restrict residual = op.in.residual + begin + at;
+#pragma GCC ivdep
+        for (int i = 0; i < kStrip; ++i) {
+          const Small sent = to_small<E>(mul(acc[at + i], inverse_of[i]));
+          q[at + i] = (uint8_t)sent.code;
+          if (kResidual) residual[i] = mul(sub(acc[at + i], mul(sent.value, scale_of[i])), unscale);
+        }
+        continue;
+      }
+      for (int i = at; i < at + kStrip; i += kBlock) {
+        const BlockScale shared{scale[i / kBlock], inverse[i / kBlock]};
+        if (magnitude(shared.scale) >= kNonFinite) memset(q + i, 0, kBlock);
+        else encode_run<E, kResidual, false>(acc + i, kBlock, shared, unscale, nullptr, q + i, op.in.residual + begin + i);
+      }
     }
     store_codes<E>(q, kDrawn, op.codes + begin / 2);
   }
