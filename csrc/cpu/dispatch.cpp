@@ -5,11 +5,10 @@
 #include <stdexcept>
 
 #include "../codec/bits.h"
-#include "exact_topk.h"
 #include "pool.h"
 #include "run.h"
+#include "selection.h"
 #include "table.h"
-#include "threshold_topk.h"
 
 namespace commopt::cpu {
 namespace {

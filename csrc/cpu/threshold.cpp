@@ -6,10 +6,8 @@
 #include <vector>
 
 #include "../codec/bits.h"
-#include "../codec/half.h"
 #include "pool.h"
-#include "table.h"
-#include "threshold_topk.h"
+#include "selection.h"
 
 namespace commopt::cpu {
 namespace {
@@ -21,12 +19,6 @@ int64_t most_parts(int64_t n) { return std::max<int64_t>(8, (n >> 31) + 1); }
 
 // Entries that all lists together have room for. Few large parts need no more than many small ones.
 int64_t list_room(int64_t n, int64_t k) { return (most_parts(n) + 1) * (std::min(k, n / most_parts(n) + 1) + kStretch + kSlack); }
-
-float load_x(const Input& in, int64_t i) {
-  if (in.dtype == kFloat32) return ((const float*)in.x)[i];
-  const uint16_t h = ((const uint16_t*)in.x)[i];
-  return in.dtype == kBFloat16 ? from_bf16(h) : from_fp16(h);
-}
 
 // About the k-th largest key: commopt/backends/reference/threshold.py.
 uint32_t first_threshold(const ThresholdEncode& op) {

@@ -13,9 +13,8 @@
 #include <vector>
 
 #include "../codec/bits.h"
-#include "../codec/half.h"
-#include "exact_topk.h"
 #include "pool.h"
+#include "selection.h"
 
 namespace commopt::cpu {
 namespace {
@@ -40,12 +39,6 @@ constexpr float kSteady = 0.03f, kWidest = 0.06f;
 constexpr uint32_t kNone = 0xffffffffu;  // above every key
 
 uint32_t key_of(float acc) { return magnitude(acc) > kNonFinite ? kNaN : magnitude(acc); }
-
-float load_x(const Input& in, int64_t i) {
-  if (in.dtype == kFloat32) return ((const float*)in.x)[i];
-  uint16_t h = ((const uint16_t*)in.x)[i];
-  return in.dtype == kBFloat16 ? from_bf16(h) : from_fp16(h);
-}
 
 // acc of an element that is not in the list: scanned ones have it in the residual.
 float acc_at(const Input& in, const TopkPart& part, float scale, int64_t i) {
