@@ -121,7 +121,8 @@ def _plan(specs: str | None, whats: str | None) -> dict[str, list[What]]:
         chosen = fitting if asked is None else [w for w in asked if w.action != "resum" or compressor.collective == "two_shot"]
         if chosen:
             plan[spec] = chosen
-        if not specs and not compressor.ef and What("encode") in chosen:
+        takes_ef = any(field.name == "ef" for field in dataclasses.fields(compressor))
+        if not specs and takes_ef and not compressor.ef and What("encode") in chosen:
             plan[str(dataclasses.replace(compressor, ef=True))] = [What("encode")]
     if not plan:
         raise ValueError(f"--what {whats}: there is nothing to time, of these specs none is resent in a two_shot")
