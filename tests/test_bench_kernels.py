@@ -68,10 +68,16 @@ def test_what_is_registered_is_benched():
             def fields(self, n):
                 return [("values", torch.float32, n)]
 
+        @commopt.register("bare")  # one that knows nothing of error feedback
+        class Bare(commopt.Compressor):
+            collective, fields = "gather", Mine.fields
+
         plan = kernels._plan(None, None)
     finally:
-        base._table.classes.pop("mine", None)
+        for name in ("mine", "bare"):
+            base._table.classes.pop(name, None)
     with_messages = [row["spec"] for row in overview() if row["collective"] in ("gather", "two_shot")]
+    assert "bare" in plan and "bare:ef=true" not in plan
     assert set(with_messages) < set(plan) and not {"none", "powersgd:rank=4"} & set(plan)
     assert plan["mine"] == [What("encode"), What("decode", 2), What("decode", 4)] and plan["mine:ef=true"] == [What("encode")]
     assert plan["int8"] == [What("encode"), What("decode", 2), What("decode", 8), What("resum", 8)] and plan["int8:ef=true"] == [What("encode")]
