@@ -42,7 +42,7 @@ class TopK(Compressor):
     """
 
     collective = "gather"
-    uses = {"topk:ratio=0.01": "very slow links, few ranks", "topk:scope=threshold": "nearly the same, without a choice among candidates", "topk:scope=block": "the same, at one speed whatever the gradient"}
+    uses = {"topk:ratio=0.01": "very slow links, few ranks", "topk:scope=threshold": "the same in one pass, with what happens to reach a threshold", "topk:scope=block": "the same, at one speed whatever the gradient"}
 
     ratio: float = 0.01
     scope: Literal[tuple(SCOPES)] = "global"
