@@ -322,18 +322,18 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         p = c.tensor("packed", packed, torch.uint8, (packed_bytes("bits_unpack", index.numel(), width),))
         module.bits_unpack(p, i, index.numel(), width, where(index.device))
 
-    def eliasfano_pack(index, starts, high, n, bits) -> None:
-        c = checker("eliasfano_pack")
+    def coded(op: str, index, starts, high, n: int, bits: int) -> tuple:
+        c = checker(op)
         i = c.tensor("index", index, torch.int16, (None,))
         s = c.tensor("starts", starts, torch.int64, (-(-n // TILE),))
-        h = c.tensor("high", high, torch.uint8, (upper_bytes("eliasfano_pack", n, index.numel(), bits),))
+        return i, s, c.tensor("high", high, torch.uint8, (upper_bytes(op, n, index.numel(), bits),))
+
+    def eliasfano_pack(index, starts, high, n, bits) -> None:
+        i, s, h = coded("eliasfano_pack", index, starts, high, n, bits)
         module.eliasfano_pack(i, s, h, n, index.numel(), bits, where(index.device))
 
     def eliasfano_unpack(high, index, starts, n, bits) -> None:
-        c = checker("eliasfano_unpack")
-        i = c.tensor("index", index, torch.int16, (None,))
-        s = c.tensor("starts", starts, torch.int64, (-(-n // TILE),))
-        h = c.tensor("high", high, torch.uint8, (upper_bytes("eliasfano_unpack", n, index.numel(), bits),))
+        i, s, h = coded("eliasfano_unpack", index, starts, high, n, bits)
         module.eliasfano_unpack(h, i, s, n, index.numel(), bits, where(index.device))
 
     def randomk_encode(x, residual, loss_scale, values, scaled, draw) -> None:

@@ -11,9 +11,14 @@ _STEP = 2  # directions that a matrix may gain or lose at a time
 _WIDEST = 4  # times the rank that all have at first
 
 
+def energy(square: float) -> int:
+    """Of a direction with this squared norm."""
+    return round(8 * math.log2(max(square, 1e-300)))
+
+
 def energies(rows: list[list[float]]) -> list[list[int]]:
     """Of the squared norms of the directions of each matrix, largest first."""
-    return [sorted((round(8 * math.log2(max(square, 1e-300))) for square in squares), reverse=True) for squares in rows]
+    return [sorted(map(energy, squares), reverse=True) for squares in rows]
 
 
 def expected(sent: list[list[int]], before: list[list[int]]) -> list[list[int]]:

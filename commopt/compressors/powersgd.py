@@ -3,7 +3,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .adaptive_ranks import allocate, energies, expected
+from .adaptive_ranks import allocate, energies, energy, expected
 from .base import Compressor, register
 
 _BLOCK = 1 << 17  # elements of a matrix that the CPU reads again while they are in its cache
@@ -125,7 +125,7 @@ class PowerSGD(Compressor):
         chosen, kernels.notes["energies"] = allocate(self.rank, shapes, now, known), known
         if chosen == now:
             return
-        order = [sorted(range(r), key=lambda j: -energies([[s[j]]])[0][0]) for r, s in zip(now, squares)]  # ties to the first
+        order = [sorted(range(r), key=lambda j: -energy(s[j])) for r, s in zip(now, squares)]  # ties to the first
         kept = [d[o[:r]] for d, o, r in zip(directions, order, chosen)]
         _draw(held, kernels.draw[0] + kernels.notes["steps"])
         for place, d in zip(_thin(held, chosen, [columns for _, columns in shapes]), kept):

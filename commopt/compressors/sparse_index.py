@@ -1,6 +1,7 @@
 """How the places of a sparse list travel: a coding has fields(n, places), those of a message, and write(...) and read(...)
 between these and the places as the ops take them, of which the first is index, int16 [k]."""
 
+import functools
 from typing import Any
 
 import torch
@@ -10,18 +11,10 @@ from ..wire import Field
 
 
 class Plain:
-    """16 bits each, as the ops take them."""
+    """16 bits each. The fields are the places: there is nothing to write or read."""
 
     def fields(self, n: int, places: list[Field]) -> list[Field]:
         return places
-
-    def write(self, kernels: Any, n: int, places: tuple[Tensor, ...], fields: tuple[Tensor, ...]) -> None:
-        for place, field in zip(places, fields):
-            field.copy_(place)
-
-    def read(self, kernels: Any, n: int, places: tuple[Tensor, ...], fields: tuple[Tensor, ...]) -> None:
-        for place, field in zip(places, fields):
-            place.copy_(field)
 
 
 class Bits:
@@ -46,7 +39,9 @@ class EliasFano:
     by content and address of static files", J. ACM 1974; Fano, 1971). For k = n / 100 that is 8.56 bits an entry, where the
     entropy of a random list is 8.08."""
 
-    def low_bits(self, n: int, k: int) -> int:
+    @staticmethod
+    @functools.lru_cache  # asked for each row of each message
+    def low_bits(n: int, k: int) -> int:
         return min(range(1, 17), key=lambda bits: k * bits + (n >> bits))
 
     def fields(self, n: int, places: list[Field]) -> list[Field]:

@@ -28,10 +28,12 @@ const Table* chosen = supported().back();
 // A thread is worth waking for this many elements; with fewer it costs more time than it saves.
 constexpr int64_t kWorthwhile = 32768;
 
+int useful(int threads, int64_t n) { return (int)std::max<int64_t>(1, std::min<int64_t>(threads, n / kWorthwhile)); }
+
 // Calls run(begin, end) for ranges that together are [0, n), each beginning at a multiple of `unit`.
 template <class Run> void split(int64_t n, int64_t unit, int threads, Run run) {
   if (n == 0) return;
-  threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, n / kWorthwhile));
+  threads = useful(threads, n);
   const int64_t wanted = threads == 1 ? n : std::max(kWorthwhile, n / (threads * 4));
   const int64_t size = (wanted + unit - 1) / unit * unit;
   parallel((n + size - 1) / size, threads, [=](int64_t i) { run(i * size, std::min(n, (i + 1) * size)); });
@@ -94,10 +96,10 @@ void run(const HadamardDecode& op, int threads) {
   split(op.n, kStretch, threads, [&](int64_t begin, int64_t end) { chosen->hadamard_decode(op, begin, end); });
 }
 void run(const TopkEncode& op, int threads) {
-  topk_encode(*chosen, op, (int)std::max<int64_t>(1, std::min<int64_t>(threads, op.in.n / kWorthwhile)));
+  topk_encode(*chosen, op, useful(threads, op.in.n));
 }
 void run(const ThresholdEncode& op, int threads) {
-  threshold_encode(*chosen, op, (int)std::max<int64_t>(1, std::min<int64_t>(threads, op.in.n / kWorthwhile)));
+  threshold_encode(*chosen, op, useful(threads, op.in.n));
 }
 void run(const TopkDecodeSum& op, int threads) {
   split(op.out.n, kTile, threads, [&](int64_t begin, int64_t end) {

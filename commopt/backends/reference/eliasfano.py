@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .bits import streamed
-from .topk import TILE, positions
+from .topk import in_tiles, positions
 
 
 def eliasfano_pack(index: Tensor, starts: Tensor, high: Tensor, n: int, bits: int) -> None:
@@ -26,5 +26,4 @@ def eliasfano_unpack(high: Tensor, index: Tensor, starts: Tensor, n: int, bits: 
     ones = torch.cat([ones, torch.arange(length, length + k, device=high.device)])[:k]
     low = index.to(torch.int64) & (1 << bits) - 1
     position = (ones - torch.arange(k, device=high.device) << bits) | low
-    index.copy_((position % TILE - (position % TILE >= 32768) * TILE).to(torch.int16))
-    starts.copy_(torch.searchsorted(position // TILE, torch.arange(starts.numel(), device=high.device)))
+    in_tiles(position, index, starts)

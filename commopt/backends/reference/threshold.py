@@ -6,7 +6,7 @@ All of it is arithmetic of whole numbers on magnitudes as int32 bits, in which e
 import torch
 from torch import Tensor
 
-from .topk import TILE
+from .topk import in_tiles
 from .values import NAN, NON_FINITE, accumulate, keep, magnitude
 
 SAMPLE = 65536  # elements that a first threshold is made from
@@ -35,10 +35,7 @@ def threshold_encode(
     chosen = torch.cat([reached[reached >= begin], reached[reached < begin]])[:k].sort().values
     values.zero_()
     values[: chosen.numel()] = acc[chosen]
-    index.fill_(_signed((n - 1) % TILE))
-    within = chosen % TILE
-    index[: chosen.numel()] = (within - (within >= 32768) * TILE).to(torch.int16)
-    starts.copy_(torch.searchsorted(chosen, torch.arange(starts.numel(), device=x.device) * TILE))
+    in_tiles(torch.cat([chosen, chosen.new_full((k - chosen.numel(),), n - 1)]), index, starts)
     bad = bool((size >= NON_FINITE).any())
     if bad and k:
         values[0], chosen = NAN, chosen[1:]
@@ -46,10 +43,6 @@ def threshold_encode(
     error[chosen] = 0.0
     keep(residual, error, size < NON_FINITE, loss_scale)
     control.copy_(torch.tensor((0, 0) if bad else next_threshold(threshold, int(control[1]), size[reached] - threshold, k)))
-
-
-def _signed(within: int) -> int:
-    return within - (within >= 32768) * TILE
 
 
 def first_threshold(size: Tensor, k: int) -> int:

@@ -14,6 +14,13 @@ def topk_workspace(n: int, k: int) -> int:
     return 0
 
 
+def in_tiles(ascending: Tensor, index: Tensor, starts: Tensor) -> None:
+    """index: int16 [k] <- where in their tiles the elements int64 [k] are; starts <- where in the list each tile begins."""
+    within = ascending % TILE
+    index.copy_((within - (within >= 32768) * TILE).to(torch.int16))
+    starts.copy_(torch.searchsorted(ascending, torch.arange(starts.numel(), device=ascending.device) * TILE))
+
+
 def topk_encode(
     x: Tensor, residual: Tensor | None, loss_scale: Tensor,
     values: Tensor, index: Tensor, starts: Tensor, workspace: Tensor,
@@ -26,8 +33,7 @@ def topk_encode(
     size = magnitude(acc)
     chosen = torch.sort(size, descending=True, stable=True).indices[:k].sort().values
     values.copy_(acc[chosen])
-    index.copy_((chosen % TILE - (chosen % TILE >= 32768) * TILE).to(torch.int16))
-    starts.copy_(torch.searchsorted(chosen, torch.arange(starts.numel(), device=x.device) * TILE))
+    in_tiles(chosen, index, starts)
     error = acc.clone()
     error[chosen] = 0.0
     keep(residual, error, size < NON_FINITE, loss_scale)
