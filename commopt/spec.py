@@ -14,6 +14,7 @@ class Table:
     def __init__(self, kind: str):
         self.kind = kind
         self.classes: dict[str, type] = {}
+        self._composed: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: makes the class a frozen dataclass that specs can name."""
@@ -31,12 +32,24 @@ class Table:
 
         return decorate
 
+    def composed(self, beginning: str) -> Callable[[type], type]:
+        """Class decorator: specs that begin so are made of others, and the class's `read` makes an instance of one."""
+
+        def decorate(cls: type) -> type:
+            self._composed[beginning] = cls
+            return cls
+
+        return decorate
+
     def parse(self, spec: Any) -> Any:
         """The instance that `spec` describes; an instance is returned as it is."""
-        if type(spec) in self.classes.values():
+        if type(spec) in (*self.classes.values(), *self._composed.values()):
             return spec
         if not isinstance(spec, str):
             raise ValueError(f"a {self.kind} must be a spec like {self._example()!r}, got {spec!r}")
+        for beginning, cls in self._composed.items():
+            if spec.strip().startswith(beginning):
+                return cls.read(spec.strip())
         name, colon, rest = spec.strip().partition(":")
         if name not in self.classes:
             raise ValueError(f"unknown {self.kind} {name!r} in {spec!r}; known are {', '.join(sorted(self.classes))}")

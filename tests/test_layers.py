@@ -70,7 +70,7 @@ def test_a_collective_knows_compressors_only_through_the_base_class():
     for folder in ("collectives", "hooks"):
         for path in (ROOT / "commopt" / folder).glob("*.py"):
             for line, module, _ in _imports(path, [folder, path.stem]):
-                assert module[-1] not in names, f"{path}:{line}"
+                assert module[0] != "compressors" or module[-1] not in names, f"{path}:{line}"
 
 
 def test_files_are_named_for_what_they_do():

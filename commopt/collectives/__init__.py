@@ -1,9 +1,23 @@
-"""How messages travel. A collective is a generator over phases: it encodes, yields what has to arrive, and goes on when
-it has. `run` turns it into an exchange: (plan, x) -> Future[x], x averaged in place."""
+"""How messages travel. A collective makes its messages and buffers for a plan; its exchanges are generators over phases: they
+encode, yield what has to arrive, and go on when it has. `run` makes (plan, x) -> Future[x] of them, x averaged in place."""
 
+from ..plan import Plan
 from .gather import gather
+from .hierarchical import hierarchical
+from .phases import Prepared
 from .rounds import rounds
+from .sparse_two_shot import sparse_two_shot
 from .sum import sum
 from .two_shot import two_shot
 
-COLLECTIVES = {"sum": sum, "gather": gather, "two_shot": two_shot, "rounds": rounds}
+COLLECTIVES = {
+    "sum": sum, "gather": gather, "two_shot": two_shot, "sparse_two_shot": sparse_two_shot, "rounds": rounds,
+    "hierarchical": lambda plan: hierarchical(plan, prepare),
+}
+
+
+def prepare(plan: Plan) -> Prepared:
+    """The plan's collective, ready for its exchanges."""
+    prepared = COLLECTIVES[plan.collective](plan)
+    plan.sent = prepared.sent
+    return prepared

@@ -1,20 +1,27 @@
 from torch import Tensor
 
 from ..plan import Plan
-from .link import Link, Phases
+from .link import Link
+from .phases import Phases, Prepared
 
 
-def gather(plan: Plan, link: Link, x: Tensor, residual: Tensor | None) -> Phases:
+def gather(plan: Plan) -> Prepared:
     """Every rank sends its message to every other and adds all of them in rank order.
 
-    (W - 1) messages per rank, one round. The choice for messages that are small or cannot be added without growing.
+    (W - 1) messages per rank, one round. The choice for messages that cannot be added without growing, and for any between
+    two ranks.
     """
+    message = plan.message(0, plan.n, "gather")
+    rows, sizes = plan.rows(message.nbytes), [message.nbytes] * plan.world
 
-    def encode(_: int) -> None:
-        plan.message.encode(x, residual, plan.rows[plan.rank], plan.draw, plan.loss_scale)
+    def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
+        def encode(_: int) -> None:
+            message.encode(x, residual, rows[plan.rank], plan.draw, plan.loss_scale)
 
-    failed = yield link.gather(plan.rows, [plan.message.nbytes] * plan.world, encode, plan.number)
-    if failed:
-        raise failed
-    plan.message.decode_sum(x, plan.weight, plan.rows)
-    plan.finite = plan.message.finite(plan.rows)
+        failed = yield link.gather(rows, sizes, encode, plan.number)
+        if failed:
+            raise failed
+        message.decode_sum(x, plan.weight, rows)
+        plan.finite = message.finite(rows)
+
+    return Prepared(begin, (plan.world - 1) * message.nbytes, hops=1)

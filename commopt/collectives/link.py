@@ -6,12 +6,14 @@ earlier phase failed, the row is sent all the same, as 0xff bytes: the others wa
 backward ends. A peer that is gone is a ConnectionError.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .phases import Pending
 
 Fill = Callable[[int], None]
 _HANG_UP = 2**31 - 1  # a tag that no exchange uses
@@ -28,43 +30,45 @@ def hang_up(group: dist.ProcessGroup) -> None:
             pass
 
 
-class Pending:
-    """What has begun, arrivals and departures, and what already failed."""
-
-    def __init__(self, works=(), failed: Exception | None = None):
-        self._works, self._failed = works, failed
-
-    def wait(self) -> Exception | None:
-        """What went wrong, or None. Never raises: a rank that stopped here would leave others waiting for its next row."""
-        failed = self._failed
-        for work in self._works:
-            try:
-                work.wait()
-            except Exception as error:
-                failed = failed or ConnectionError(str(error))
-        return failed
-
-
-Phases = Generator[Pending, Exception | None, None]  # yields what has to arrive, gets what failed
-
-
 class Link:
     """Rows by point-to-point messages, for gloo. Receives are posted before sends: gloo's own all-to-all posts sends
-    first and is half duplex about half of the time, and its reduce-scatter moves the bytes of a whole all-reduce."""
+    first and is half duplex about half of the time, and its reduce-scatter moves the bytes of a whole all-reduce.
 
-    def __init__(self, group: dist.ProcessGroup, on_failure: Callable[[Exception], None]):
-        self.group, self.rank, self.world = group, dist.get_rank(group), dist.get_world_size(group)
-        self._peers = [dist.get_global_rank(group, r) for r in range(self.world)]
-        self._on_failure = on_failure
+    members: the ranks in the group that take part, this one among them; by default all.
+    """
 
-    def all_reduce(self, x: Tensor) -> Pending:
-        return Pending([dist.all_reduce(x, group=self.group, async_op=True)])
+    def __init__(self, group: dist.ProcessGroup, on_failure: Callable[[Exception], None], members: tuple[int, ...] = ()):
+        self.group, self._on_failure = group, on_failure
+        members = members or tuple(range(dist.get_world_size(group)))
+        self.rank, self.world = members.index(dist.get_rank(group)), len(members)
+        self._peers = [dist.get_global_rank(group, r) for r in members]
+        self._members = members
+        self._lanes = [group]
+        self._parts: dict[tuple[int, ...], Link] = {}
+
+    def among(self, members: tuple[int, ...]) -> "Link":
+        """The link of some of its ranks, whose numbers there are their places in `members`. All of these call it."""
+        if members not in self._parts:
+            self._parts[members] = self._part(members)
+        return self._parts[members]
+
+    def _part(self, members: tuple[int, ...]) -> "Link":
+        return type(self)(self.group, self._on_failure, members)
+
+    def open(self, lanes: int) -> None:
+        """Makes `lanes` lanes ready. An all-reduce is told from others by their order, and phases of different exchanges
+        have none between them: those of each phase have a lane, a group, of their own. All ranks call it together."""
+        while len(self._lanes) < lanes:
+            self._lanes.append(_group(self.group, self._peers))
+
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM, lane: int = 0) -> Pending:
+        return Pending([dist.all_reduce(x, op, group=self._lanes[lane], async_op=True)])
 
     def _others(self) -> list[int]:
         """The other ranks, each beginning with its neighbour so that not all send to the same one first."""
         return [(self.rank + i) % self.world for i in range(1, self.world)]
 
-    def _written(self, fill: Fill, r: int, row: Tensor, failed: Exception | None) -> Exception | None:
+    def written(self, fill: Fill, r: int, row: Tensor, failed: Exception | None) -> Exception | None:
         """Has the row written, or filled with 0xff after a failure, which is returned."""
         try:
             if failed is None:
@@ -84,18 +88,20 @@ class Link:
         works += [dist.irecv(rows[r, : sizes[r]], self._peers[r], self.group, tag) for r in self._others() if sizes[r]]
 
     def scatter(
-        self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int, failed: Exception | None = None
+        self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int,
+        failed: Exception | None = None, coming: list[int] | None = None,
     ) -> Pending:
-        """Row r of `departing` goes to rank r and arrives in row `self.rank` there. Shard sizes differ: sizes[r] bytes are
-        meant for rank r. This rank's own row is written into `arriving` by fill. A phase of exchange `number`."""
+        """Row r of `departing` goes to rank r and arrives in row `self.rank` there. sizes[r] bytes are meant for rank r, by
+        every rank unless `coming` says how many come from each. This rank's own row is written into `arriving` by fill.
+        A phase of exchange `number`."""
         works = []
         try:
-            self._receive(arriving, [sizes[self.rank]] * self.world, 2 * number, works)
+            self._receive(arriving, coming or [sizes[self.rank]] * self.world, 2 * number, works)
             for r in self._others():
                 row = departing[r, : sizes[r]]
-                failed = self._written(fill, r, row, failed)
+                failed = self.written(fill, r, row, failed)
                 self._send(row, r, 2 * number, works)
-            failed = self._written(fill, self.rank, arriving[self.rank], failed)
+            failed = self.written(fill, self.rank, arriving[self.rank], failed)
         except RuntimeError as error:  # a peer is gone
             failed = failed or ConnectionError(str(error))
         return Pending(works, failed)
@@ -106,7 +112,7 @@ class Link:
         try:
             self._receive(rows, sizes, 2 * number + 1, works)
             own = rows[self.rank, : sizes[self.rank]]
-            failed = self._written(fill, self.rank, own, failed)
+            failed = self.written(fill, self.rank, own, failed)
             for r in self._others():
                 self._send(own, r, 2 * number + 1, works)
         except RuntimeError as error:
@@ -115,22 +121,30 @@ class Link:
 
 
 class DeviceLink(Link):
-    """Rows by collectives on the current stream, for NCCL: each call is ordered on the device and nothing waits on the host."""
+    """Rows by collectives on the current stream, for NCCL: each call is ordered on the device and nothing waits on the host.
+    Rows go whole: all ranks give them the same length."""
 
-    def all_reduce(self, x: Tensor) -> Pending:
-        dist.all_reduce(x, group=self.group)
+    def _part(self, members):
+        part = type(self)(_group(self.group, [self._peers[r] for r in members]), self._on_failure)
+        return part
+
+    def open(self, lanes):
+        self._lanes = [self.group] * lanes  # all in order
+
+    def all_reduce(self, x, op=dist.ReduceOp.SUM, lane=0):
+        dist.all_reduce(x, op, group=self.group)
         return Pending()
 
-    def scatter(self, departing, arriving, sizes, fill, number, failed=None):
+    def scatter(self, departing, arriving, sizes, fill, number, failed=None, coming=None):
         for r in self._others():
-            failed = self._written(fill, r, departing[r], failed)
-        failed = self._written(fill, self.rank, arriving[self.rank], failed)
+            failed = self.written(fill, r, departing[r], failed)
+        failed = self.written(fill, self.rank, arriving[self.rank], failed)
         departing[self.rank].copy_(arriving[self.rank])
         dist.all_to_all_single(arriving, departing, group=self.group)
         return Pending(failed=failed)
 
     def gather(self, rows, sizes, fill, number, failed=None):
-        failed = self._written(fill, self.rank, rows[self.rank], failed)
+        failed = self.written(fill, self.rank, rows[self.rank], failed)
         dist.all_gather_into_tensor(rows.view(-1), rows[self.rank], group=self.group)
         return Pending(failed=failed)
 
@@ -138,20 +152,20 @@ class DeviceLink(Link):
 class StagedLink(Link):
     """Rows of a device over a network that reads only host memory: CUDA tensors on gloo. Each row is copied, and waited for."""
 
-    def all_reduce(self, x: Tensor) -> Pending:
+    def all_reduce(self, x, op=dist.ReduceOp.SUM, lane=0):
         host = x.cpu()
-        failed = Pending([dist.all_reduce(host, group=self.group, async_op=True)]).wait()
+        failed = super().all_reduce(host, op, lane).wait()
         x.copy_(host)
         return Pending(failed=failed)
 
-    def scatter(self, departing, arriving, sizes, fill, number, failed=None):
+    def scatter(self, departing, arriving, sizes, fill, number, failed=None, coming=None):
         out, into = departing.cpu(), arriving.cpu()
 
         def fill_and_copy(r: int) -> None:
             fill(r)
             (into if r == self.rank else out)[r].copy_((arriving if r == self.rank else departing)[r])
 
-        failed = super().scatter(out, into, sizes, fill_and_copy, number, failed).wait()
+        failed = super().scatter(out, into, sizes, fill_and_copy, number, failed, coming).wait()
         arriving.copy_(into)
         return Pending(failed=failed)
 
@@ -165,6 +179,16 @@ class StagedLink(Link):
         failed = super().gather(host, sizes, fill_and_copy, number, failed).wait()
         rows.copy_(host)
         return Pending(failed=failed)
+
+
+def _group(like: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
+    """Another group with some of the ranks of one, made by these alone."""
+    return dist.new_group(ranks, timeout=timeout_of(like), backend=dist.get_backend(like), use_local_synchronization=True)
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
+    return group._get_backend(torch.device(device)).options._timeout
 
 
 def link_for(device: torch.device, group: dist.ProcessGroup, on_failure: Callable[[Exception], None]) -> Link:

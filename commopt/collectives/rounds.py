@@ -1,13 +1,17 @@
 from collections.abc import Generator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..plan import Plan
-from .link import Link, Phases
+from .. import backends
+from ..plan import Message, Plan
+from ..wire import Field, Layout
+from .link import Link
+from .phases import Phases, Prepared
 
 
-def rounds(plan: Plan, link: Link, x: Tensor, residual: Tensor | None) -> Phases:
+def rounds(plan: Plan) -> Prepared:
     """Means over the ranks, one after the other, each of values computed from the mean before it. A round is two phases:
 
     1. Rank r gets everybody's shard r of the round's values and adds them in float32, in rank order.
@@ -17,50 +21,119 @@ def rounds(plan: Plan, link: Link, x: Tensor, residual: Tensor | None) -> Phases
     any network. What travels exactly is averaged in the first round. Messages of other compressors in the same bucket
     are gathered before it.
     """
-    steps, begun, failed = _steps(plan, x, residual), -1, None
+    trips, methods, exactly = _arrange(plan)
+    others = [p for p in plan.parts if p.compressor.collective not in ("rounds", "sum")]
+    name = f"{plan.name}/rounds"
+    message = Message(others, plan.exact[:0], plan.device, f"{name}/{plan.rank}", name) if others else None
+    rows = plan.rows(message.nbytes if message else 0)
 
-    def encode(_: int) -> None:
-        plan.message.encode(x, residual, plan.rows[plan.rank], plan.draw, plan.loss_scale)
+    def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
+        steps, begun, failed = _steps(plan, methods, exactly, x, residual), -1, None
 
-    if plan.message is not None:
-        failed = yield link.gather(plan.rows, [plan.message.nbytes] * plan.world, encode, plan.number)
-    for i, trip in enumerate(plan.rounds):
+        def encode(_: int) -> None:
+            message.encode(x, residual, rows[plan.rank], plan.draw, plan.loss_scale)
 
-        def fill_shard(r: int) -> None:
-            nonlocal begun
-            if begun < i:  # a step fills all shards of its round
-                begun = i
-                for step in steps:
-                    next(step, None)
-            for values, rows in zip(trip.values, trip.into if r == plan.rank else trip.out):
-                rows[r].copy_(values[r])
+        if message is not None:
+            failed = yield link.gather(rows, [message.nbytes] * plan.world, encode, plan.number)
+        for i, trip in enumerate(trips):
 
-        def fill_mean(_: int) -> None:
-            for values, into, out in zip(trip.values, trip.into, trip.out):
-                mean = values[plan.rank].copy_(into[0])
-                for other in into[1:]:
-                    mean.add_(other)
-                out[plan.rank].copy_(mean.mul_(plan.weight))
+            def fill_shard(r: int) -> None:
+                nonlocal begun
+                if begun < i:  # a step fills all shards of its round
+                    begun = i
+                    for step in steps:
+                        next(step, None)
+                for values, dtyped in zip(trip.values, trip.into if r == plan.rank else trip.out):
+                    dtyped[r].copy_(values[r])
 
-        sizes = [trip.nbytes] * plan.world
-        failed = yield link.scatter(trip.departing, trip.arriving, sizes, fill_shard, plan.number, failed)
-        failed = yield link.gather(trip.departing, sizes, fill_mean, plan.number, failed)
-        for values, out in zip(trip.values, trip.out):
-            values.copy_(out)
-    if failed:
-        raise failed
-    for step in steps:
-        next(step, None)
-    plan.finite = torch.stack([torch.isfinite(values).all() for trip in plan.rounds for values in trip.values]).all()
-    if plan.message is not None:
-        plan.message.decode_sum(x, plan.weight, plan.rows)
-        plan.finite &= plan.message.finite(plan.rows)
+            def fill_mean(_: int) -> None:
+                for values, into, out in zip(trip.values, trip.into, trip.out):
+                    mean = values[plan.rank].copy_(into[0])
+                    for other in into[1:]:
+                        mean.add_(other)
+                    out[plan.rank].copy_(mean.mul_(1.0 / plan.world))
+
+            sizes = [trip.nbytes] * plan.world
+            failed = yield link.scatter(trip.departing, trip.arriving, sizes, fill_shard, plan.number, failed)
+            failed = yield link.gather(trip.departing, sizes, fill_mean, plan.number, failed)
+            for values, out in zip(trip.values, trip.out):
+                values.copy_(out)
+        if failed:
+            raise failed
+        for step in steps:
+            next(step, None)
+        if plan.weight != 1.0 / plan.world:
+            x.mul_(plan.weight * plan.world)
+        plan.finite = torch.stack([torch.isfinite(values).all() for trip in trips for values in trip.values]).all()
+        if message is not None:
+            message.decode_sum(x, plan.weight, rows)
+            plan.finite &= message.finite(rows)
+
+    sent = (plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1])
+    return Prepared(begin, sent, hops=2 * len(trips) + (message is not None))
 
 
-def _steps(plan: Plan, x: Tensor, residual: Tensor | None) -> list[Generator[None]]:
+class Round(NamedTuple):
+    """Values to be averaged over the ranks, of which rank r sums row r. One tensor for each dtype that they travel in:
+
+    values: float32 [world, shard], computed with. departing and arriving: uint8 [world, nbytes]; out and into: their rows in
+    the dtypes that travel, [world, shard].
+    """
+
+    values: list[Tensor]
+    departing: Tensor
+    arriving: Tensor
+    out: list[Tensor]
+    into: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.departing.shape[1]
+
+    @staticmethod
+    def of(fields: list[Field], world: int, device: torch.device) -> tuple["Round", list[Tensor]]:
+        """The round of some fields, and float32 views of its values for each of them."""
+        dtypes = sorted({dtype for _, dtype, _ in fields}, key=str)
+        counts = {dtype: sum(count for _, d, count in fields if d == dtype) for dtype in dtypes}
+        shards = {dtype: 8 * -(-count // (8 * world)) for dtype, count in counts.items()}  # of whole 16 bytes
+        rows = Layout([("", dtype, shard) for dtype, shard in shards.items()])
+        departing, arriving = (torch.zeros(world, rows.nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+        values = {dtype: torch.zeros(world, shard, dtype=torch.float32, device=device) for dtype, shard in shards.items()}
+        begin, views = dict.fromkeys(dtypes, 0), []
+        for _, dtype, count in fields:
+            views.append(values[dtype].view(-1)[begin[dtype] : begin[dtype] + count])
+            begin[dtype] += count
+        return Round(list(values.values()), departing, arriving, rows.views(departing), rows.views(arriving)), views
+
+
+
+
+def _arrange(plan: Plan) -> tuple[list[Round], list, list]:
+    """Round i averages the i-th field of every part, and the first one what travels exactly too. Returns the rounds, (part,
+    its kernels, its fields' values) of each that works in rounds, and (where in the bucket, values) of what is exact."""
+    parts = [p for p in plan.parts if p.compressor.collective == "rounds"]
+    large = [(p.start, p.stop) for p in plan.parts if p.compressor.name == "none"]
+    places = [plan.exact.to(plan.device), *(slice(*span) for span in large)]
+    exact = [("", torch.float32, count) for count in (plan.exact.numel(), *(stop - start for start, stop in large))]
+    trips: list[Round] = []
+    averaged: list[list[Tensor]] = [[] for _ in parts]  # of each part
+    exactly: list[tuple[Tensor | slice, Tensor]] = []
+    for i in range(max(len(p.fields) for p in parts)):
+        taking = [fields for p, fields in zip(parts, averaged) if i < len(p.fields)]
+        fields = [p.fields[i] for p in parts if i < len(p.fields)] + (exact if i == 0 else [])
+        trip, values = Round.of(fields, plan.world, plan.device)
+        trips.append(trip)
+        for held, field in zip(taking, values):
+            held.append(field)
+        if i == 0:
+            exactly = list(zip(places, values[len(parts) :]))
+    return trips, [(part, backends.select(plan.device), fields) for part, fields in zip(parts, averaged)], exactly
+
+
+def _steps(plan: Plan, methods: list, exactly: list, x: Tensor, residual: Tensor | None) -> list[Generator[None]]:
     """What fills the values of one round at each `next`, and afterwards writes its part of x."""
-    steps = [_exactly(x, place, values) for place, values in plan.exactly]
-    for part, kernels, fields in plan.methods:
+    steps = [_exactly(x, place, values) for place, values in exactly]
+    for part, kernels, fields in methods:
         tensors, kept = ([t[start : start + shape.numel()].view(shape) for start, shape in part.tensors] if t is not None else None
                          for t in (x, part.kept(residual)))
         kernels.draw = (*plan.draw, 0)

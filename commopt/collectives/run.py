@@ -7,19 +7,25 @@ On a device everything is ordered by a stream beside the one that computes, and 
 """
 
 import atexit
+import contextlib
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.futures import Future
 
-from .link import Phases
+from .phases import Phases
 
-Done = Callable[[Exception | None], None]  # called once, when an exchange has ended, with what went wrong
+Done = Callable[[Exception | None], None]  # called once, when an exchange has ended, with what went wrong; does not raise
+
+
+def future_of(x: Tensor) -> Future:
+    """To be completed with x. On a device it is completed where x is written, and whoever waits for it waits there."""
+    return Future(devices=[x.device] if x.device.type == "cuda" else None)
 
 
 class Runner:
@@ -32,18 +38,16 @@ class Runner:
         self._stages = Stages(self.clock)
         atexit.register(_stop, weakref.ref(self))
 
-    def exchange(self, phases: Phases, x: Tensor, done: Done) -> Future:
-        """Begins the exchange that `phases` describe. The future holds x when x is averaged, or when it failed."""
-        if self.stream is not None:
-            return self._on_stream(phases, x, done)
-        future: Future = Future()
-        self._stages.advance(0, phases, None, x, future, done)
-        return future
+    def first(self, work: Callable[[], None]) -> None:
+        """Does what comes before an exchange, such as a first message that will travel with others, where exchanges run."""
+        with self._beside():
+            work()
 
-    def _on_stream(self, phases: Phases, x: Tensor, done: Done) -> Future:
-        future: Future = Future(devices=[x.device])
-        self.stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self.stream):
+    def exchange(self, phases: Phases, done: Done) -> None:
+        """Begins the exchange that `phases` describe."""
+        if self.stream is None:
+            return self._stages.advance(0, phases, None, done)
+        with self._beside():
             failed, failure = None, None
             try:
                 while True:
@@ -52,11 +56,17 @@ class Runner:
                 pass
             except Exception as error:
                 failure = error
-            try:
-                done(failure)
-            finally:
-                future.set_result(x)
-        return future
+            done(failure)
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the stream of exchanges, after what is under way on the current one."""
+        if self.stream is None:
+            yield
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+            with torch.cuda.stream(self.stream):
+                yield
 
     def reset_clock(self) -> None:
         """Seconds spent in phases that end with rows on their way, in waiting for rows, and in the phases after the last."""
@@ -75,21 +85,18 @@ class Stages:
         self._queues: list[queue.SimpleQueue] = []
         self._threads: list[threading.Thread] = []
 
-    def advance(self, stage: int, phases: Phases, failed: Exception | None, x: Tensor, future: Future, done: Done) -> None:
+    def advance(self, stage: int, phases: Phases, failed: Exception | None, done: Done) -> None:
         """Runs the phase that is due, then hands the exchange to the thread that waits for what it has begun."""
         failure, begin = None, time.perf_counter()
         try:
             pending, now = phases.send(failed), time.perf_counter()
             self.clock["encode"] += now - begin
-            return self._queue(stage).put((pending, now, phases, x, future, done))
+            return self._queue(stage).put((pending, now, phases, done))
         except StopIteration:
             self.clock["decode"] += time.perf_counter() - begin
         except Exception as error:
             failure = error
-        try:
-            done(failure)
-        finally:
-            future.set_result(x)
+        done(failure)
 
     def _queue(self, stage: int) -> queue.SimpleQueue:
         if stage == len(self._queues):  # only the stage before it, one thread, comes here first
@@ -101,11 +108,11 @@ class Stages:
     def _serve(self, stage: int) -> None:
         jobs = self._queues[stage]
         while (job := jobs.get()) is not None:
-            pending, begun, phases, x, future, done = job
+            pending, begun, phases, done = job
             failed = pending.wait()
             self.clock["comm"] += time.perf_counter() - begun
-            self.advance(stage + 1, phases, failed, x, future, done)
-            del job, pending, phases, x, future, done  # nothing of a finished exchange lives until the next
+            self.advance(stage + 1, phases, failed, done)
+            del job, pending, phases, done  # nothing of a finished exchange lives until the next
 
     def stop(self) -> None:
         """Ends the threads. One that is still running when the interpreter goes down would abort the process; one that

@@ -15,5 +15,6 @@ from .topk import TopK
 from .randomk import RandomK
 from .powersgd import PowerSGD
 from .dct import DCT
+from .hierarchical import Hierarchical
 
 __all__ = ["STEADY", "Compressor", "compressors", "never_larger", "overview", "parse", "register", "wire_bytes"]

@@ -10,7 +10,7 @@ from ..spec import Table, keys
 from ..wire import Field, Layout
 
 _table = Table("compressor")
-register, parse = _table.register, _table.parse
+register, composed, parse = _table.register, _table.composed, _table.parse
 
 STEADY = 1 << 62  # a step after every warm-up
 
@@ -19,8 +19,10 @@ class Compressor:
     """Turns a gradient into a message and messages into their sum. Stateless: the residual belongs to the caller.
 
     `collective` says how messages combine: "sum" (an all-reduce of the gradient itself), "gather" (every rank gets every
-    message), "two_shot" (shards are summed by their owner, who sends the compressed sum to all) or "rounds" (what is sent
-    depends on a mean that came before: such a method has `rounds` and `average` in place of encode and decode_sum).
+    message), "two_shot" (shards are summed by their owner, who sends the compressed sum to all), "sparse_two_shot" (the
+    same with shards of equally many entries), "integer_sum" (codes with a scale that all share are added by an all-reduce)
+    or "rounds" (what is sent depends on a mean that came before: such a method has `rounds` and `average` in place of
+    encode and decode_sum). It may be a key of the spec. "auto" leaves it to the number of ranks.
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
     `keeps_zero` is whether a zero without a residual is decoded as zero; where not, the exact parameters inside a part,
     zeros to the compressor, would gather a residual, and the plan clears it.
@@ -53,7 +55,10 @@ class Compressor:
 
     def finite(self, fields: dict[str, Tensor]) -> Tensor:
         """Whether no row of a message's fields, [rows, count] by name, shows an infinity or a NaN: bool []."""
-        return torch.isfinite(fields[self.witness]).all()
+        rows = fields[self.witness]
+        if not rows.numel():
+            return torch.ones((), dtype=torch.bool, device=rows.device)
+        return torch.isfinite(torch.stack([extreme for row in rows for extreme in torch.aminmax(row)])).all()  # no copy of a row
 
     def takes(self, shape: torch.Size) -> bool:
         """Whether it compresses a tensor of this shape. What it does not take travels exactly."""
@@ -72,6 +77,30 @@ class Compressor:
 
     def at(self, step: int) -> "Compressor":
         """The compressor to use in the given compressed step, counted from 0; differs from self during a warm-up."""
+        return self
+
+    def entries(self, n: int) -> int:
+        """How many of n elements a message names, where it names some and that number can be chosen; else 0."""
+        return 0
+
+    def naming(self, entries: int, n: int) -> "Compressor":
+        """The same, with that many entries for n elements."""
+        raise NotImplementedError
+
+    def resum(self, kernels: Any, total: Tensor, residual: Tensor | None, rows: list[Tensor], fields: list[Tensor]) -> None:
+        """fields <- C(the sum of the rows + residual), residual <- what that misses; what the owner of a shard does in a
+        two_shot. rows: fields [rows, count]. total: float32 [n], to work in."""
+        self.decode_sum(kernels, total, 1.0, *rows)
+        self.resent().encode(kernels, total, residual, *fields)
+
+    @property
+    def within_node(self) -> "Compressor":
+        """What a hierarchical exchange uses among the ranks of a machine."""
+        return parse("none")
+
+    @property
+    def between_nodes(self) -> "Compressor":
+        """What it uses between machines."""
         return self
 
     def resent(self) -> "Compressor":

@@ -39,10 +39,13 @@ class TopK(Compressor):
     momentum: above 0, what is accumulated is a velocity u <- momentum u + x and not x, so that an entry that waits gathers
     the momentum it would have had, and u is set to zero where it was sent (momentum correction and factor masking of the
     same paper). It takes the place of the optimizer's own momentum, for SGD without one, and one more float32 per value.
+
+    collective=gather: every rank gets the lists of all others, W - 1 of them. collective=sparse_two_shot: the sum of W lists
+    is cut to k entries again, so that a rank sends at most two lists however many ranks there are. auto: the first up to 4
+    ranks.
     """
 
-    collective = "gather"
-    uses = {"topk:ratio=0.01": "very slow links, few ranks", "topk:scope=threshold": "the same in one pass, with what happens to reach a threshold", "topk:scope=block": "the same, at one speed whatever the gradient"}
+    uses = {"topk:ratio=0.01": "very slow links", "topk:scope=threshold": "the same in one pass, with what happens to reach a threshold", "topk:scope=block": "the same, at one speed whatever the gradient"}
 
     ratio: float = 0.01
     scope: Literal[tuple(SCOPES)] = "global"
@@ -50,6 +53,7 @@ class TopK(Compressor):
     index: Literal["coded", "u16"] = "coded"
     warmup: int = 100
     momentum: float = 0.0
+    collective: Literal["auto", "gather", "sparse_two_shot"] = "auto"
     ef: bool = True
 
     def __post_init__(self):
@@ -78,6 +82,15 @@ class TopK(Compressor):
 
     def k(self, n: int) -> int:
         return SCOPES[self.scope].count(n, self.ratio)
+
+    def entries(self, n):
+        return 0 if self.scope == "block" else self.k(n)
+
+    def naming(self, entries, n):
+        return dataclasses.replace(self, ratio=entries / n)
+
+    def resent(self):
+        return dataclasses.replace(self, momentum=0.0)  # a sum has gathered it already
 
     @property
     def _coding(self):

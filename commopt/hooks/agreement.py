@@ -1,5 +1,7 @@
 """Ranks that were set up differently find out before they exchange anything that the others would misread."""
 
+import os
+import socket
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +23,18 @@ def agree(group: dist.ProcessGroup, facts: dict[str, Any]) -> None:
     raise RuntimeError(
         "commopt: the ranks do not agree, so their messages would be misread. Give all of them the same:\n" + "\n".join(lines)
     )
+
+
+def nodes(group: dist.ProcessGroup) -> tuple[tuple[int, ...], ...]:
+    """The ranks of the group on each machine. A launcher that numbers the ranks of a machine (torchrun: LOCAL_RANK and
+    LOCAL_WORLD_SIZE) says which belong together; else those with one host name do."""
+    if "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
+        mine: Any = dist.get_rank() - int(os.environ["LOCAL_RANK"])  # the first rank of the machine
+    else:
+        mine = socket.gethostname()
+    places: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(places, mine, group=group)
+    return tuple(tuple(r for r, place in enumerate(places) if place == one) for one in dict.fromkeys(places))
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -13,12 +13,12 @@ def hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Te
     """`ddp.register_comm_hook(commopt.State(ddp, "int8"), commopt.hook)`. Averages the bucket in place."""
     if isinstance(bucket, tuple):  # torch.compile with optimize_ddp="python_reducer" calls once per parameter
         return _hook_of_parameter(state, *bucket)
-    return state.exchange(bucket.buffer(), bucket.parameters())
+    return state.exchange(bucket.buffer(), bucket.parameters(), bucket.is_last())
 
 
 def _hook_of_parameter(state: State, grad: torch.Tensor, parameter: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
     flat = grad.contiguous().view(-1)
-    future = state.exchange(flat, [parameter])
+    future = state.exchange(flat, [parameter], last=True)
     future.wait()  # here the result is expected in grad, and what is returned is ignored
     if flat.data_ptr() != grad.data_ptr():
         grad.copy_(flat.view(grad.shape))

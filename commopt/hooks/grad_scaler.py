@@ -18,7 +18,11 @@ class LossScale:
 
     def find(self) -> None:
         """Looks for a GradScaler in use; costs tens of milliseconds, so it is done only when plans are made."""
-        found = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled() and o._scale is not None]
+        found = _in_use()
+        if len(found) > 1:  # one may belong to a model that nobody holds any more
+            del found
+            gc.collect()
+            found = _in_use()
         if len(found) > 1 and self._scaler not in found:
             log.warning("commopt: %d GradScalers are in use; residuals follow the first one's scale", len(found))
         if self._scaler not in found:
@@ -40,3 +44,7 @@ class LossScale:
             return False
         self._version = self._scaler._scale._version
         return True
+
+
+def _in_use() -> list[torch.amp.GradScaler]:
+    return [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled() and o._scale is not None]

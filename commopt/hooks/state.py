@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.futures import Future
 
 from .. import __version__
-from ..collectives import COLLECTIVES
-from ..collectives.link import Link, link_for
-from ..collectives.run import Runner
+from ..collectives import prepare
+from ..collectives.link import Link, link_for, timeout_of
+from ..collectives.merge import WORTH, Batch
+from ..collectives.phases import Prepared
+from ..collectives.run import Runner, future_of
 from ..compressors import STEADY, Compressor, parse
 from ..plan import Parameter, Plan
 from ..residual import Residuals
-from .agreement import agree
+from .agreement import agree, nodes
 from .alarm import Alarm
 from .grad_scaler import LossScale
 
@@ -65,6 +67,7 @@ class State:
             "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
         }
         agree(self._control, facts)
+        self._nodes = nodes(self._control)
         number = [next(_numbers)]  # rank 0's: another rank may have made more handles than it
         dist.broadcast_object_list(number, self._ranks[0], self._control)
         store = dist.PrefixStore(f"commopt/{self._ranks[0]}/{number[0]}", dist.distributed_c10d._get_default_store())
@@ -74,6 +77,9 @@ class State:
         if self.world == 1:
             log.warning("commopt: the group has one rank, so there is nothing to exchange; gradients are compressed all the same")
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._prepared: dict[int, Prepared] = {}  # plan number -> its collective
+        self._batch: Batch | None = None  # small exchanges that wait for company
+        self._merged: dict = {}  # buffers of batches
         self._active: tuple[Compressor, dict[str, Compressor]] | None = None  # spec and rules of this step; None is exact
         self._paused = False
         self._residuals = Residuals()
@@ -97,10 +103,7 @@ class State:
         """Own groups: a group shared with another thread gives silently wrong sums."""
         group = group or dist.group.WORLD
         ranks, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
-        if "nccl" in backend:
-            timeout = group._get_backend(torch.device("cuda")).options._timeout
-        else:
-            timeout = group._get_backend(torch.device("cpu")).options._timeout
+        timeout = timeout_of(group)
         # All ranks of the job can make a group together; of a part of them only its members come here.
         part = len(ranks) < dist.get_world_size()
         make = lambda kind: dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=part)
@@ -111,8 +114,9 @@ class State:
 
     # --- one bucket ---
 
-    def exchange(self, x: Tensor, parameters: list[Tensor]) -> Future:
-        """Averages x, the flat gradient of the parameters, in place. The future holds x. Never raises: see `_end_step`."""
+    def exchange(self, x: Tensor, parameters: list[Tensor], last: bool = False) -> Future:
+        """Averages x, the flat gradient of the parameters, in place. The future holds x. Never raises: see `_end_step`.
+        last: whether none follows in this step. A small exchange waits for the next, or for the end of the backward."""
         backward = torch._C._current_graph_task_id()  # -1: none, this rank has joined
         try:
             if backward not in (-1, self._backward):  # with reentrant checkpoints a step has several, each with its end
@@ -123,7 +127,10 @@ class State:
                 if self.step < 0 or known[0].name in self._exchanged:
                     self._begin_step()
                 self._exchanged.update(p.name for p in known)
-                return self._send(x, known, tuple(map(id, parameters)), joined=backward == -1)
+                future = self._send(x, known, tuple(map(id, parameters)), joined=backward == -1)
+                if last:
+                    self.close_batch()
+                return future
         except Exception as error:
             self._fail(error, "in the hook")
             self._alarm.leave()
@@ -133,13 +140,33 @@ class State:
 
     def _send(self, x: Tensor, known: list[Parameter], key: tuple[int, ...], joined: bool) -> Future:
         plan = self._plans.get(key) or self._make_plan(x, known, key)
-        link, runner = self._links_of(x.device)
+        prepared, (link, runner) = self._prepared[plan.number], self._links_of(x.device)
         plan.step, plan.loss_scale, plan.finite = self.step, self._scale_on(x.device), None
         # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
         residual = None if joined else plan.residual
         self._bytes_raw += x.numel() * x.element_size()
-        self._bytes_wire += plan.sent
-        return runner.exchange(COLLECTIVES[plan.collective](plan, link, x, residual), x, lambda failure: self._done(plan, failure))
+        self._bytes_wire += prepared.sent
+        future = future_of(x)
+        done = lambda failure: self._done(plan, failure, x, future)
+        worth = WORTH * (self.world - 1)
+        if not prepared.merges or prepared.sent >= worth:
+            self.close_batch()  # in the order of the hooks, which is the same on all ranks
+            runner.exchange(prepared.begin(link, x, residual), done)
+            return future
+        if self._batch is not None and self._batch.device != x.device:
+            self.close_batch()
+        if self._batch is None:
+            self._batch = Batch(link, x.device, plan.number, self._merged)
+        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), prepared.sent, done))
+        if self._batch.sent >= worth:
+            self.close_batch()
+        return future
+
+    def close_batch(self) -> None:
+        """Sends the small exchanges that wait."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            self._links_of(batch.device)[1].exchange(batch.phases(), batch.done)
 
     def _scale_on(self, device: torch.device) -> Tensor | None:
         scale = self._loss_scale.value
@@ -156,16 +183,21 @@ class State:
         names = {p.name for p in known}
         self._plans = {k: p for k, p in self._plans.items() if names.isdisjoint(q.name for q in p.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
-        plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed)
+        plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
         agree(self._control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
         self._residuals.serve(plan)
-        self._plans[key] = plan
+        self._plans[key], self._merged = plan, {}
+        held = {p.number for p in self._plans.values()}
+        self._prepared = {number: p for number, p in self._prepared.items() if number in held} | {plan.number: prepare(plan)}
         return plan
 
-    def _done(self, plan: Plan, failure: Exception | None) -> None:
-        if failure is not None:
-            first, last = plan.parameters[0].name, plan.parameters[-1].name
-            self._fail(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self._ranks}")
+    def _done(self, plan: Plan, failure: Exception | None, x: Tensor, future: Future) -> None:
+        try:
+            if failure is not None:
+                first, last = plan.parameters[0].name, plan.parameters[-1].name
+                self._fail(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self._ranks}")
+        finally:
+            future.set_result(x)
 
     # --- one step ---
 
@@ -173,11 +205,12 @@ class State:
         self.step += 1
         self._steps += 1
         self._exchanged.clear()
+        self._batch = None  # what a backward left that did not end
         active, compressed = None, self.step - self.start_step
         if compressed >= 0 and not self._paused:
             active = self._compressors(compressed)
         if active != self._active:
-            self._active, self._plans = active, {}
+            self._active, self._plans, self._prepared = active, {}, {}
         if not self._plans or self.step < 2:
             self._loss_scale.find()
         if self._loss_scale.updated():
@@ -248,7 +281,7 @@ class State:
     def detach(self) -> None:
         """Averages exactly for ever and frees residuals and messages. DDP keeps a hook until it is deleted."""
         self._paused, self._residuals = True, Residuals()
-        self._plans = {}
+        self._plans, self._prepared, self._merged = {}, {}, {}
 
     def reset_stats(self) -> None:
         self._steps, self._bytes_raw, self._bytes_wire, self._exposed = 0, 0, 0, 0.0
@@ -321,7 +354,7 @@ def _say(line: str) -> None:
 
 
 def _completed(x: Tensor) -> Future:
-    future: Future = Future(devices=[x.device] if x.device.type == "cuda" else None)
+    future = future_of(x)
     future.set_result(x)
     return future
 
@@ -332,6 +365,7 @@ def _after_backward(state: State) -> None:
     engine = torch.autograd.Variable._execution_engine
 
     def before() -> None:
+        state.close_batch()  # DDP has a last bucket, but not in every mode
         computed = time.perf_counter()
         engine.queue_callback(lambda: state._end_step(computed))
 

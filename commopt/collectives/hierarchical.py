@@ -1,0 +1,122 @@
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..compressors import Compressor
+from ..plan import Message, Part, Plan
+from .link import Link
+from .phases import Phases, Prepared, together
+from .two_shot import kept_of
+
+
+def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
+    """Within each node (machine), between the nodes, and within each again:
+
+    1. The ranks of a node share the bucket out: each gets the others' messages of its stretch and adds them in float32.
+    2. Ranks that hold the same shard in different nodes exchange their sums, by the collective of the compressor between nodes.
+    3. Each sends what it holds, now the sum over all ranks, to the others in its node.
+
+    Between nodes a rank sends what the inner collective sends for 1 / G of the bucket, G ranks being in a node. Nodes may
+    differ: there are as many shards as the largest has ranks, and a rank of a smaller one holds several neighbours.
+    Every residual is this rank's: of all of its gradient what the compressor within nodes lost, of its own stretch what the
+    one between nodes did.
+    """
+    node = next(i for i, ranks in enumerate(plan.nodes) if plan.rank in ranks)
+    count = max(map(len, plan.nodes))
+    shards = _shards(plan, count)
+    held = [[s * len(ranks) // count for s in range(count)] for ranks in plan.nodes]  # [node][shard]: who, counted in the node
+    here, me = plan.nodes[node], plan.nodes[node].index(plan.rank)
+    stretches = [_span([shards[s] for s in range(count) if held[node][s] == i]) for i in range(len(here))]
+    shares = [plan.message(start, stop, "share", _intra) for start, stop in stretches]
+    result = plan.message(*stretches[me], "sum", _intra)
+    sizes = [share.nbytes for share in shares]
+    departing, arriving, sums = (torch.zeros(len(here), max(sizes), dtype=torch.uint8, device=plan.device) for _ in range(3))
+    start, stop = stretches[me]
+    total = torch.empty(stop - start, dtype=torch.float32, device=plan.device)
+    lossy_result = node == 0 and any(part.compressor.ef for part in result.parts)
+    inner: list[tuple[Plan, Prepared, tuple[int, ...], slice]] = []
+    if len(plan.nodes) > 1:
+        for s in range(count):
+            if held[node][s] == me and shards[s][0] < shards[s][1]:
+                between = plan.stretch(*shards[s], node, len(plan.nodes), _inter)
+                holders = tuple(ranks[held[i][s]] for i, ranks in enumerate(plan.nodes))
+                inner.append((between, prepare(between), holders, slice(shards[s][0] - start, shards[s][1] - start)))
+
+    def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
+        def encode_share(i: int) -> None:
+            s, e = stretches[i]
+            shares[i].encode(x[s:e], kept_of(residual, s, e), departing[i] if i != me else arriving[i], plan.draw, plan.loss_scale)
+
+        def encode_result(_: int) -> None:
+            result.encode(total, None, sums[me], plan.draw, plan.loss_scale)
+
+        near = link.among(here)
+        failed = yield near.scatter(departing, arriving, sizes, encode_share, plan.number)
+        if failed is None:
+            shares[me].decode_sum(total, 1.0, arriving)
+        else:
+            total.fill_(torch.nan)  # the others wait for what follows
+        exchanges = []
+        for between, prepared, holders, where in inner:
+            between.step, between.loss_scale = plan.step, plan.loss_scale
+            exchanges.append(prepared.begin(link.among(holders), total[where], kept_of(residual, start + where.start, start + where.stop)))
+        try:
+            yield from together(exchanges)
+        except Exception as error:  # the others in this node wait for what follows
+            failed = failed or error
+        before = total.clone() if lossy_result and residual is not None else None
+        failed = yield near.gather(sums, sizes, encode_result, plan.number, failed)
+        if failed:
+            raise failed
+        if before is not None:
+            _keep_lost(result, before, kept_of(residual, start, stop), sums[me : me + 1], plan.loss_scale)
+        finite = torch.ones((), dtype=torch.bool, device=x.device)
+        for i, (s, e) in enumerate(stretches):
+            shares[i].decode_sum(x[s:e], plan.weight, sums[i : i + 1])
+            finite &= shares[i].finite(sums[i : i + 1])
+        plan.finite = finite
+        ready.sent = plan.sent = sent()  # shards of lists are cut anew
+
+    def sent() -> int:
+        own = sizes[me]
+        return sum(sizes) - own + (len(here) - 1) * own + sum(prepared.sent for _, prepared, _, _ in inner)
+
+    ready = Prepared(begin, sent(), hops=2 * (len(here) > 1) + max((p.hops for _, p, _, _ in inner), default=0), merges=False)
+    return ready
+
+
+def _intra(part: Part) -> Compressor:
+    return part.compressor.within_node
+
+
+def _inter(part: Part) -> Compressor:
+    return part.compressor.between_nodes
+
+
+def _span(shards: list[tuple[int, int]]) -> tuple[int, int]:
+    """Neighbours as one."""
+    return shards[0][0], shards[-1][1]
+
+
+def _shards(plan: Plan, count: int) -> list[tuple[int, int]]:
+    """`count` stretches of about equal length; where a method compresses whole tensors, these stay whole."""
+    shards = plan.shards(count)
+    if all(_inter(part).collective != "rounds" for part in plan.parts):
+        return shards
+    begins, at = [0], 0
+    for parameter in plan.parameters:
+        at += parameter.numel
+        begins.append(at)
+    starts = [min(begins, key=lambda begin: abs(begin - start)) for start, _ in shards]
+    return list(zip(starts, [*starts[1:], plan.n]))
+
+
+def _keep_lost(message: Message, total: Tensor, residual: Tensor, row: Tensor, loss_scale: Tensor | None) -> None:
+    """residual += what the message of the total misses of it. All nodes send the same, so one rank keeps that."""
+    lost = torch.empty_like(total)
+    message.decode_sum(lost, 1.0, row)
+    torch.sub(total, lost, out=lost)
+    if loss_scale is not None:
+        lost /= loss_scale
+    (residual[0] if residual.dim() > 1 else residual).add_(lost.masked_fill_(~torch.isfinite(lost), 0.0))

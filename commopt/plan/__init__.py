@@ -1,0 +1,108 @@
+"""What stays the same for one bucket."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..compressors import Compressor, parse
+from .message import Message
+from .parts import EXACT_BELOW, Parameter, Part, compressor_for, layout, split
+
+__all__ = ["EXACT_BELOW", "Message", "Parameter", "Part", "Plan", "compressor_for", "layout", "split"]
+
+GRAIN = 1024  # a shard begins at a multiple of this many elements
+FEW = 4  # ranks up to which lists are gathered: at most three are sent
+
+
+class Plan:
+    """One bucket's parameters and compressors, how its messages combine, and its residual. What a collective needs beside,
+    buffers and messages, it makes from this."""
+
+    def __init__(
+        self, number: int, parameters: list[Parameter], dtype: torch.dtype, device: torch.device, default: Compressor,
+        rules: dict[str, Compressor], rank: int, world: int, seed: int = 0, nodes: tuple[tuple[int, ...], ...] = (),
+    ):
+        self.number, self.parameters, self.dtype, self.device = number, parameters, dtype, device
+        self.rank, self.world, self.seed, self.step = rank, world, seed, 0
+        self.nodes = nodes or (tuple(range(world)),)  # the ranks on each machine
+        self.weight = 1.0 / world  # of the sum
+        self.n = sum(p.numel for p in parameters)
+        self.name = parameters[0].name  # random numbers are drawn by it
+        self.parts, self.exact = split(parameters, default, rules, dtype)
+        self.collective = self._collective()
+        self.loss_scale: Tensor | None = None
+        self.residual: Tensor | None = None  # float32 [n], or [slots, n]
+        self.wants_residual = self.collective != "sum" and any(part.compressor.ef for part in self.parts)
+        self.slots = max((part.compressor.slots for part in self.parts if part.compressor.ef), default=1)
+        self.finite: Tensor | None = None
+        self.sent = 0  # bytes that this rank hands to the network in one exchange, as the collective says
+
+    def _collective(self) -> str:
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16) or self.n == 0:
+            return "sum"
+        lossy = {part.compressor.collective for part in self.parts if part.compressor.name != "none"}
+        if "auto" in lossy:
+            lossy = lossy - {"auto"} | {"gather" if self.world <= FEW else "sparse_two_shot"}
+        for first in ("hierarchical", "rounds"):  # these take the other compressors' messages with them
+            if first in lossy:
+                return first
+        collective = "gather" if len(lossy) > 1 else lossy.pop() if lossy else "sum"  # every compressor's messages can be gathered
+        if self.world == 2 and collective in ("two_shot", "sparse_two_shot"):
+            collective = "gather"  # as many bytes, in one round, and rounded once
+        if collective == "gather" and (self.world - 1) * layout(self.parts, self.exact.numel()).nbytes >= self.reduced:
+            self.parts, self.exact = [Part(0, self.n, parse("none"))], self.exact[:0]  # that would be more than an all-reduce
+            return "sum"
+        return collective
+
+    @property
+    def reduced(self) -> int:
+        """Bytes that each rank sends in a ring or halving all-reduce of the gradient."""
+        return 2 * (self.world - 1) * self.n * self.dtype.itemsize // self.world
+
+    @property
+    def draw(self) -> tuple[int, int]:
+        return self.seed, self.step
+
+    def shards(self, count: int) -> list[tuple[int, int]]:
+        """The bucket in `count` stretches of about equal length."""
+        size = -(-self.n // (count * GRAIN)) * GRAIN
+        return [(min(i * size, self.n), min((i + 1) * size, self.n)) for i in range(count)]
+
+    def message(self, start: int, stop: int, phase: str, compressor: Callable[[Part], Compressor] = lambda part: part.compressor) -> Message:
+        """The message of a stretch. phase: one name for each message that a rank makes of it, so that each draws its own
+        numbers. compressor: of a part in the stretch, with positions relative to the bucket."""
+        parts, exact = self._within(start, stop, compressor)
+        return Message(parts, exact, self.device, f"{self.name}/{phase}/{start}/{self.rank}", f"{self.name}/{start}")
+
+    def _within(self, start: int, stop: int, compressor: Callable[[Part], Compressor]) -> tuple[list[Part], Tensor]:
+        parts = [p.within(start, stop) for p in self.parts if max(p.start, start) < min(p.stop, stop)]
+        parts = [p.shifted(-start, compressor(p)) for p in parts]
+        return parts, self.exact[(self.exact >= start) & (self.exact < stop)] - start
+
+    def stretch(self, start: int, stop: int, rank: int, world: int, compressor: Callable[[Part], Compressor]) -> "Plan":
+        """The plan for a stretch that this rank, as `rank` of `world` others, sums in float32 with other compressors."""
+        plan = copy.copy(self)
+        plan.parts, plan.exact = self._within(start, stop, compressor)
+        plan.rank, plan.world, plan.weight = rank, world, 1.0
+        plan.dtype, plan.n, plan.name = torch.float32, stop - start, f"{self.name}+{start}"
+        plan.collective = plan._collective()
+        if plan.collective == "sum":
+            plan.collective = "gather" if world == 2 else "two_shot"
+        return plan
+
+    def rows(self, nbytes: int) -> Tensor:
+        """uint8 [world, nbytes]: a message from, or for, each rank."""
+        return torch.zeros(self.world, nbytes, dtype=torch.uint8, device=self.device)
+
+    def describe(self) -> dict:
+        return {
+            "parameters": [p.name for p in self.parameters],
+            "elements": self.n,
+            "exact_elements": self.exact.numel() if self.collective != "sum" else self.n,
+            "specs": sorted({str(p.compressor) for p in self.parts}),
+            "collective": self.collective,
+            "bytes_raw": self.n * self.dtype.itemsize,
+            "bytes_sent": self.sent,
+        }
