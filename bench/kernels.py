@@ -117,7 +117,7 @@ def _plan(specs: str | None, whats: str | None) -> dict[str, list[What]]:
                     "it works in rounds of torch's own matrix products, see `bench bandwidth`" if compressor.collective == "rounds"
                     else "it sends the gradient itself"))
             continue
-        fitting = [What("encode"), What("decode", 2), *BY_SPEC.get(str(compressor), []), *BY_COLLECTIVE[compressor.collective]]
+        fitting = [What("encode"), What("decode", 2), *BY_SPEC.get(str(compressor), []), *BY_COLLECTIVE.get(compressor.collective, BY_COLLECTIVE["gather"])]
         chosen = fitting if asked is None else [w for w in asked if w.action != "resum" or compressor.collective == "two_shot"]
         if chosen:
             plan[spec] = chosen

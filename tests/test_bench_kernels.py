@@ -76,7 +76,7 @@ def test_what_is_registered_is_benched():
     finally:
         for name in ("mine", "bare"):
             base._table.classes.pop(name, None)
-    with_messages = [row["spec"] for row in overview() if row["collective"] in ("gather", "two_shot")]
+    with_messages = [row["spec"] for row in overview() if row["collective"] in ("gather", "auto", "two_shot")]
     assert "bare" in plan and "bare:ef=true" not in plan
     assert set(with_messages) < set(plan) and not {"none", "powersgd:rank=4"} & set(plan)
     assert plan["mine"] == [What("encode"), What("decode", 2), What("decode", 4)] and plan["mine:ef=true"] == [What("encode")]

@@ -1,9 +1,11 @@
 """Training with DDP on gloo, 2 to 4 ranks."""
 
 import copy
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -517,3 +519,41 @@ def test_replicas_stay_identical_for_a_thousand_steps(rank, world, spec):
         if step % 10 == 9:
             same_everywhere(ddp.parameters(), f"step {step}")
     assert (ddp(x).argmax(1) == x[:, :17].argmax(1)).float().mean() > 0.4, "it does not learn"
+
+
+@pytest.mark.parametrize("spec, local", [("intra=none,inter=int4", [0, 1, 0, 1]), ("intra=bf16:ef=true,inter=topk:ratio=0.05,values=int8", [0, 1, 2, 0])])
+@each_rank(4, seconds=120)
+def test_machines_of_several_ranks(rank, world, spec, local):
+    """Two and two ranks, and three and one, as torchrun would number them."""
+    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(local[rank]), str(local.count(0))
+    ddp = DDP(Given((96, 70), (9,), (64, 64), (200, 33)), bucket_cap_mb=0.02)
+    handle = commopt.attach(ddp, spec, start_step=0)
+    kept = {}
+    for step in range(4):
+        means = given_step(ddp, rank, world, step)
+        kept = conserved(handle, list(ddp.module.named_parameters()), means, kept, f"step {step}")
+        same_everywhere([p.grad for p in ddp.parameters()], f"step {step}")
+    assert {p["collective"] for p in handle.plan} == {"hierarchical"} and len(handle.plan) > 1
+
+
+@each_rank(2, 3)
+def test_small_buckets_travel_together(rank, world):
+    """Nine buckets of a few KB each: one message to each peer where they are gathered, and DDP's bytes are accounted for."""
+    sent, isend = [], dist.isend
+
+    def counted(tensor, *args):
+        sent.append(tensor.numel())
+        return isend(tensor, *args)
+
+    ddp = DDP(Given(*[(50, 50)] * 9), bucket_cap_mb=0.001)
+    handle = commopt.attach(ddp, "topk:ratio=0.05,collective=gather", start_step=0)
+    kept = {}
+    for step in range(4):
+        if step == 3:
+            handle.reset_stats()
+            dist.isend = counted
+        means = given_step(ddp, rank, world, step)
+        dist.isend = isend
+        kept = conserved(handle, list(ddp.module.named_parameters()), means, kept, f"step {step}")
+    assert len(handle.plan) == 9 and len(sent) == world - 1
+    assert sum(sent) == handle.stats()["bytes_wire"] == sum(p["bytes_sent"] for p in handle.plan)
