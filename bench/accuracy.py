@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=128, help="of the GPT; 128 gives 1.1M parameters")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--eval-every", type=int, default=100)
-    parser.add_argument("--emulate", metavar="RATE", help="train over a shaped link, such as 100mbit; needs root")
+    parser.add_argument("--emulate", metavar="RATE", help="over a shaped link, such as 100mbit; needs root")
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for everything")
 
 

@@ -18,6 +18,7 @@ BENCHES = {
     "kernels": "speed of the kernels, against the memory, torch and torch.compile",
     "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
     "accuracy": "loss of a byte-level GPT on real text, against bytes and seconds",
+    "rivals": "ours against PyTorch's own hooks: communication of the best that keep the loss",
 }
 JSON_HELP = "write JSON to FILE; - is standard output"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

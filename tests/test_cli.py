@@ -14,7 +14,7 @@ import torch
 import commopt
 from commopt import backends
 from commopt.__main__ import DTYPES, main
-from commopt.bench import bandwidth, launch
+from commopt.bench import bandwidth, launch, steps
 
 HERE = pathlib.Path(__file__).parent
 
@@ -115,7 +115,7 @@ def test_wire_says_when_the_gradient_itself_is_sent(capsys):
     (["nothing"], ["nothing", "info", "wire", "bench"]),
     ([], ["COMMAND"]),
     (["bench"], ["NAME"]),
-    (["bench", "speed"], ["speed", "kernels", "bandwidth", "accuracy"]),
+    (["bench", "speed"], ["speed", "kernels", "bandwidth", "accuracy", "rivals"]),
     (["bench", "bandwidth", "--spec", "none,int9"], ["int9", "int4"]),
     (["bench", "bandwidth", "--emulate", "fast"], ["fast", "100mbit"]),
     (["bench", "bandwidth", "--world", "1"], ["2 ranks", "--world 1"]),
@@ -190,17 +190,17 @@ def within(seconds: float, true) -> None:
 
 def verdicts(rank: int) -> list[str]:
     """What `verify` says of right results, and of results that are wrong on one rank or on all."""
-    said, shared = [], []
+    said, shared, work = [], [], bandwidth.work(20_000, 64)
 
     def judge(spec: str, spoil=lambda mean: mean) -> None:
-        c = bandwidth.candidate(spec, 20_000, 64, shared)
-        exact = bandwidth.exact_mean(c)
+        c = steps.candidate(spec, work, shared)
+        exact = steps.exact_mean(c)
         for _ in range(2):
-            c.backward(bandwidth.batch(rank, c.ddp, 0))
+            c.backward(work.batch(rank, 0))
         plain = c.gradient()
         c.gradient = lambda: spoil(plain)
         try:
-            bandwidth.verify(c, exact, plain)
+            steps.verify(c, exact, plain)
             said.append(f"right: {spec}")
         except RuntimeError as error:
             said.append(str(error).split(", but is")[0])
