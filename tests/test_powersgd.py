@@ -39,6 +39,11 @@ def averages(plans, gradients, residuals):
     return xs[0]
 
 
+def held(plan, name: str):
+    """What the collective of rounds keeps for a plan."""
+    return inspect.getclosurevars(plan.prepared.begin).nonlocals[name]
+
+
 def zeros(plans):
     return [torch.zeros(plan.n) if plan.wants_residual else None for plan in plans]
 
@@ -162,10 +167,11 @@ def test_the_relative_error_does_not_depend_on_the_scale(scale):
     assert errors(scale, 1.0) == pytest.approx(errors(1.0, 1.0), rel=1e-3)
 
 
-def test_a_power_of_two_passes_through_to_the_last_bit():
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_a_power_of_two_passes_through_to_the_last_bit(values):
     results = []
     for scale in (1.0, 2.0**-60):
-        plans = plans_for([(120, 90), (5,)], "powersgd", 3)
+        plans = plans_for([(120, 90), (5,)], f"powersgd:values={values}", 3)
         residuals = zeros(plans)
         for step in range(4):
             xs = [scale * torch.randn(plans[0].n, generator=torch.Generator().manual_seed(10 * step + r)) for r in range(3)]
@@ -174,7 +180,7 @@ def test_a_power_of_two_passes_through_to_the_last_bit():
     same(results[1], results[0])
 
 
-@pytest.mark.parametrize("spec", ["powersgd", "powersgd:rank=1,values=float32", "powersgd:rank=2,ranks=adaptive"])
+@pytest.mark.parametrize("spec", ["powersgd", "powersgd:rank=1,values=float32", "powersgd:rank=2,ranks=adaptive", "powersgd:rank=2,values=int8"])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_nothing_is_lost_between_ranks(spec, world):
     for bucket in test_plan.BUCKETS:
@@ -183,13 +189,14 @@ def test_nothing_is_lost_between_ranks(spec, world):
         test_plan.test_nothing_is_lost_in_16_bit_buckets_but_the_rounding_of_the_result(spec, dtype)
 
 
+@pytest.mark.parametrize("values", ["bf16", "int8"])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("where", [0, 120 * 90 - 1, 120 * 90 + 7], ids=str)
-def test_a_step_that_is_not_finite_is_seen_by_all_and_forgotten(bad, where):
+def test_a_step_that_is_not_finite_is_seen_by_all_and_forgotten(bad, where, values):
     """Residual and Q stay, so the next steps are as if it had not been."""
     runs = []
     for steps in ([0, 1, "bad", 2, 3], [0, 1, 2, 3]):
-        plans = plans_for([(120, 90), (60, 80), (3,)], "powersgd", 2)
+        plans = plans_for([(120, 90), (60, 80), (3,)], f"powersgd:values={values}", 2)
         residuals = zeros(plans)
         for step in steps:
             xs = [torch.randn(plans[0].n, generator=torch.Generator().manual_seed(10 * (9 if step == "bad" else step) + r)) for r in range(2)]
@@ -212,6 +219,49 @@ def test_a_step_that_is_not_finite_is_seen_by_all_and_forgotten(bad, where):
         same(a, b)
 
 
+# --- how the factors travel ---
+
+
+def test_rounding_the_factors_loses_little_and_all_of_it_is_kept():
+    """Of a gradient whose rank is transmitted whole: what arrives is off by the rounding of the factors alone."""
+    errors, x = {}, of_rank(4, 120, 90).view(-1)
+    for values in ("float32", "bf16", "int8"):
+        plans = plans_for([(120, 90)], f"powersgd:values={values}", 3)
+        residuals = zeros(plans)
+        got = averages(plans, [x] * 3, residuals)
+        close(got.double() + residuals[0].double(), x.double(), 1e-6)
+        errors[values] = float((got - x).norm() / x.norm())
+    assert errors["float32"] < 1e-5 < errors["bf16"] < 0.006 < errors["int8"] < 0.025, errors
+
+
+def test_int8_factors_are_messages_of_int8_with_a_scale_for_each_64():
+    plans = plans_for([(120, 90), (5,)], "powersgd:values=int8", 2)
+    exchange(plans, [torch.randn(plans[0].n, generator=torch.Generator().manual_seed(r)) for r in range(2)], zeros(plans))
+    for trip, side in zip(held(plans[0], "trips"), (120, 90)):
+        lane = trip.lanes[0]
+        shard = 8 * -(-4 * side // 16)
+        assert str(lane.way) == "int8:block=64" and lane.values.shape == (2, shard)
+        codes, scales = lane.departing
+        assert codes.dtype == torch.int8 and codes.shape == (2, shard) and scales.shape == (2, -(-shard // 64))
+        decoded = codes.float() * scales.repeat_interleave(64, 1)[:, :shard]
+        same(held(plans[1], "trips")[0].departing, held(plans[0], "trips")[0].departing)
+        assert (decoded.view(-1)[: 4 * side].view(4, side).norm(dim=1) > 0).all() and not decoded.view(-1)[4 * side :].any()
+
+
+@pytest.mark.parametrize("values", ["bf16", "float32", "int8"])
+def test_every_backend_sends_the_same_bytes(values, monkeypatch):
+    runs = []
+    for backend in ("reference", "cpu"):
+        monkeypatch.setenv("COMMOPT_BACKEND", backend)
+        plans = plans_for([(120, 90), (60, 80), (7,)], f"powersgd:values={values}", 2)
+        residuals = zeros(plans)
+        for step in range(3):
+            got = averages(plans, [torch.randn(plans[0].n, generator=torch.Generator().manual_seed(10 * step + r)) for r in range(2)], residuals)
+        runs.append([got, *residuals, *(trip.departing for trip in held(plans[0], "trips"))])
+    for a, b in zip(*runs):
+        same(a, b)
+
+
 # --- ranks that adapt ---
 
 
@@ -225,8 +275,7 @@ def test_directions_go_where_they_transmit_more():
         for step in range(100):
             got = averages(plans, [torch.cat([wide, narrow]).view(-1)] * 2, zeros(plans))
             errors[ranks].append(float((got - torch.cat([wide, narrow]).view(-1)).norm() / wide.norm()))
-        methods = [inspect.getclosurevars(plan.prepared.begin).nonlocals["methods"] for plan in plans]
-        notes = [kernels.notes for each in methods for _, kernels, _ in each]
+        notes = [kernels.notes for plan in plans for _, kernels, _ in held(plan, "methods")]
         assert all(note == notes[0] for note in notes)
         assert notes[0]["ranks"] == ([4, 4] if ranks == "equal" else [7, 1])
     assert errors["adaptive"][18] == pytest.approx(errors["equal"][18], rel=1e-3) and errors["adaptive"][-1] < 0.6 * errors["equal"][-1]
@@ -272,11 +321,12 @@ def test_what_does_not_pay_travels_exactly_and_bytes_are_as_said():
 
     for n, sides in ((1024 * 1024, 2048), (300, 17 + 18), (10**6 + 3, 1000 + 1001)):
         assert 0 <= commopt.wire_bytes("powersgd:rank=2,values=float32", n) - 4 * 2 * sides < 32
+    assert 0 <= commopt.wire_bytes("powersgd:rank=2,values=int8", 1024 * 1024) - 2 * 2048 - 4 * 2 * 2048 // 64 < 64
     assert commopt.wire_bytes("powersgd", 9) == 36 and commopt.wire_bytes("powersgd", 0) == 0
     with pytest.raises(ValueError, match="rank must be 1 or more, got 0"):
         parse("powersgd:rank=0")
     assert commopt.compressors()["powersgd"] == {
-        "rank": (int, 4), "values": (Literal["bf16", "float32"], "bf16"), "ranks": (Literal["equal", "adaptive"], "equal"), "ef": (bool, True)}
+        "rank": (int, 4), "values": (Literal["bf16", "float32", "int8"], "bf16"), "ranks": (Literal["equal", "adaptive"], "equal"), "ef": (bool, True)}
 
 
 def test_other_compressors_in_the_same_bucket_keep_their_messages():
@@ -323,6 +373,7 @@ def test_replicas_stay_identical_and_learn(rank, world):
 
 @pytest.mark.parametrize("test, given", [
     (test_ddp.test_all_ranks_hold_the_same_bits_and_nothing_is_lost, {"rules": None, "world": 3, "spec": "powersgd:rank=2"}),
+    (test_ddp.test_all_ranks_hold_the_same_bits_and_nothing_is_lost, {"rules": None, "world": 3, "spec": "powersgd:rank=2,values=int8"}),
     (test_ddp.test_all_ranks_hold_the_same_bits_and_nothing_is_lost, {"rules": test_ddp.RULES}),
     *((test_ddp.test_the_residual_stays_with_its_parameter_when_buckets_are_rebuilt, {"options": o}) for o in test_ddp.OPTIONS),
     (test_ddp.test_parameters_that_are_not_used_on_some_ranks, {}),

@@ -1,21 +1,21 @@
 from collections.abc import Generator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..compressors import parse
 from ..plan import Message, Plan
-from ..wire import Field, Layout
 from .link import Link
 from .phases import Phases, Prepared
+from .round import Round
 
 
 def rounds(plan: Plan) -> Prepared:
     """Means over the ranks, one after the other, each of values computed from the mean before it. A round is two phases:
 
     1. Rank r gets everybody's shard r of the round's values and adds them in float32, in rank order.
-    2. It sends the mean to all.
+    2. It sends the mean to all. What it lost on its way, all have lost alike.
 
     2 (W - 1) / W of the values per rank and round, as in a ring all-reduce, but in one hop each and with the same bits on
     any network. What travels exactly is averaged in the first round. Messages of other compressors in the same bucket
@@ -43,28 +43,23 @@ def rounds(plan: Plan) -> Prepared:
                     begun = i
                     for step in steps:
                         next(step, None)
-                for values, dtyped in zip(trip.values, trip.into if r == plan.rank else trip.out):
-                    dtyped[r].copy_(values[r])
+                trip.encode(r, arrived=r == plan.rank)
 
             def fill_mean(_: int) -> None:
-                for values, into, out in zip(trip.values, trip.into, trip.out):
-                    mean = values[plan.rank].copy_(into[0])
-                    for other in into[1:]:
-                        mean.add_(other)
-                    out[plan.rank].copy_(mean.mul_(1.0 / plan.world))
+                trip.average(plan.rank, 1.0 / plan.world)
+                trip.encode(plan.rank)
 
             sizes = [trip.nbytes] * plan.world
             failed = yield link.scatter(trip.departing, trip.arriving, sizes, fill_shard, plan.number, failed)
             failed = yield link.gather(trip.departing, sizes, fill_mean, plan.number, failed)
-            for values, out in zip(trip.values, trip.out):
-                values.copy_(out)
+            trip.decode()
         if failed:
             raise failed
         for step in steps:
             next(step, None)
         if plan.weight != 1.0 / plan.world:
             x.mul_(plan.weight * plan.world)
-        plan.finite = torch.stack([torch.isfinite(values).all() for trip in trips for values in trip.values]).all()
+        plan.finite = torch.stack([trip.finite() for trip in trips]).all()
         if message is not None:
             message.decode_sum(x, plan.weight, rows)
             plan.finite &= message.finite(rows)
@@ -73,60 +68,25 @@ def rounds(plan: Plan) -> Prepared:
     return Prepared(begin, sent, hops=2 * len(trips) + (message is not None))
 
 
-class Round(NamedTuple):
-    """Values to be averaged over the ranks, of which rank r sums row r. One tensor for each dtype that they travel in:
-
-    values: float32 [world, shard], computed with. departing and arriving: uint8 [world, nbytes]; out and into: their rows in
-    the dtypes that travel, [world, shard].
-    """
-
-    values: list[Tensor]
-    departing: Tensor
-    arriving: Tensor
-    out: list[Tensor]
-    into: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return self.departing.shape[1]
-
-    @staticmethod
-    def of(fields: list[Field], world: int, device: torch.device) -> tuple["Round", list[Tensor]]:
-        """The round of some fields, and float32 views of its values for each of them."""
-        dtypes = sorted({dtype for _, dtype, _ in fields}, key=str)
-        counts = {dtype: sum(count for _, d, count in fields if d == dtype) for dtype in dtypes}
-        shards = {dtype: 8 * -(-count // (8 * world)) for dtype, count in counts.items()}  # of whole 16 bytes
-        rows = Layout([("", dtype, shard) for dtype, shard in shards.items()])
-        departing, arriving = (torch.zeros(world, rows.nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-        values = {dtype: torch.zeros(world, shard, dtype=torch.float32, device=device) for dtype, shard in shards.items()}
-        begin, views = dict.fromkeys(dtypes, 0), []
-        for _, dtype, count in fields:
-            views.append(values[dtype].view(-1)[begin[dtype] : begin[dtype] + count])
-            begin[dtype] += count
-        return Round(list(values.values()), departing, arriving, rows.views(departing), rows.views(arriving)), views
-
-
-
-
 def _arrange(plan: Plan) -> tuple[list[Round], list, list]:
     """Round i averages the i-th field of every part, and the first one what travels exactly too. Returns the rounds, (part,
     its kernels, its fields' values) of each that works in rounds, and (where in the bucket, values) of what is exact."""
     parts = [p for p in plan.parts if p.compressor.collective == "rounds"]
     large = [(p.start, p.stop) for p in plan.parts if p.compressor.name == "none"]
     places = [plan.exact.to(plan.device), *(slice(*span) for span in large)]
-    exact = [("", torch.float32, count) for count in (plan.exact.numel(), *(stop - start for start, stop in large))]
+    exact = [("", parse("none"), count) for count in (plan.exact.numel(), *(stop - start for start, stop in large))]
     trips: list[Round] = []
     averaged: list[list[Tensor]] = [[] for _ in parts]  # of each part
     exactly: list[tuple[Tensor | slice, Tensor]] = []
-    for i in range(max(len(p.fields) for p in parts)):
-        taking = [fields for p, fields in zip(parts, averaged) if i < len(p.fields)]
-        fields = [p.fields[i] for p in parts if i < len(p.fields)] + (exact if i == 0 else [])
-        trip, values = Round.of(fields, plan.world, plan.device)
+    for i in range(max(len(p.rounds) for p in parts)):
+        taking = [fields for p, fields in zip(parts, averaged) if i < len(p.rounds)]
+        fields = [p.rounds[i] for p in parts if i < len(p.rounds)] + (exact if i == 0 else [])
+        trip = Round(fields, plan.world, plan.device)
         trips.append(trip)
-        for held, field in zip(taking, values):
+        for held, field in zip(taking, trip.views):
             held.append(field)
         if i == 0:
-            exactly = list(zip(places, values[len(parts) :]))
+            exactly = list(zip(places, trip.views[len(parts) :]))
     return trips, [(part, backends.select(plan.device), fields) for part, fields in zip(parts, averaged)], exactly
 
 

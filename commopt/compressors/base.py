@@ -64,9 +64,10 @@ class Compressor:
         """Whether it compresses a tensor of this shape. What it does not take travels exactly."""
         return True
 
-    def rounds(self, shapes: list[torch.Size]) -> list[Field]:
-        """(name, dtype, count) of the values that are averaged in each round, of which there are at most two, for tensors of
-        these shapes. The dtype is that in which they travel; `average` computes with float32."""
+    def rounds(self, shapes: list[torch.Size]) -> list[tuple[str, "Compressor", int]]:
+        """(name, way, count) of the values that are averaged in each round, of which there are at most two, for tensors of
+        these shapes. They travel as messages of another compressor, the way, without a residual: what is lost on the way,
+        twice, is that of every rank alike, and `average` finds it in what it gets. It computes with float32."""
         raise NotImplementedError
 
     def average(self, kernels: Any, tensors: list[Tensor], residuals: list[Tensor] | None, *values: Tensor) -> Generator[None]:

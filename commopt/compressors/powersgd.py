@@ -5,10 +5,14 @@ from torch import Tensor
 
 from .adaptive_ranks import allocate, energies, energy, expected
 from .base import Compressor, register
+from .bf16 import BF16
+from .none import NoCompression
+from .quantize import Int8
 
 _BLOCK = 1 << 17  # elements of a matrix that the CPU reads again while they are in its cache
 _SHIFT = 2.0**-40  # of a Gram matrix' trace: keeps Cholesky from failing, which rounding in float64 could bring about below 2^-50
 _PERIOD = 20  # steps from one choice of ranks to the next
+_WAYS = {"bf16": BF16(), "float32": NoCompression(), "int8": Int8(block=64)}  # how the factors travel
 _HELD = 2.0**-20  # of |Q|: how much of its old direction is mixed into every vector of Q
 
 
@@ -22,9 +26,10 @@ class PowerSGD(Compressor):
         |M - decoded|^2 = |M|^2 - |Q'|^2 <= |M|^2, and 0 for a matrix of at most that rank: biased
 
     In two rounds of means, first M Q, then M^T P. values=bf16: 2 rank (rows + columns) bytes per matrix; what rounding the
-    factors loses stays in the residual. values=float32: 4. Tensors with one dimension, and matrices with
-    rows columns <= 2 rank (rows + columns), travel exactly. Of a flat gradient of n
-    elements the bytes are those of the squarest matrix that holds it.
+    factors loses stays in the residual. values=float32: 4. values=int8: 1.06, with a scale for each 64 values; longer blocks
+    or 4 bits cost more than they save: a factor's error is one of the whole matrix, and later steps do not look for it.
+    Tensors with one dimension, and matrices with rows columns <= 2 rank (rows + columns), travel exactly. Of a flat gradient
+    of n elements the bytes are those of the squarest matrix that holds it.
 
     ranks=adaptive: the same bytes in all, but every 20 steps a matrix whose last direction transmits little for its size gives
     it to one that would transmit more with it: adaptive_ranks.py.
@@ -41,7 +46,7 @@ class PowerSGD(Compressor):
     uses = {"powersgd:rank=4": "matrices on very slow links, any number of ranks"}
 
     rank: int = 4
-    values: Literal["bf16", "float32"] = "bf16"
+    values: Literal[tuple(_WAYS)] = "bf16"
     ranks: Literal["equal", "adaptive"] = "equal"
     ef: bool = True
 
@@ -57,12 +62,12 @@ class PowerSGD(Compressor):
 
     def rounds(self, shapes):
         rows, columns = (sum(sizes) for sizes in zip(*map(_matrix, shapes)))
-        dtype = torch.bfloat16 if self.values == "bf16" else torch.float32
-        return [("p", dtype, self.rank * rows), ("q", dtype, self.rank * columns)]
+        return [("p", _WAYS[self.values], self.rank * rows), ("q", _WAYS[self.values], self.rank * columns)]
 
     def fields(self, n):
         rows = int(n**0.5)
-        return self.rounds([torch.Size((rows, -(-n // max(1, rows))))])
+        rounds = self.rounds([torch.Size((rows, -(-n // max(1, rows))))])
+        return [(f"{name} {field}", dtype, count) for name, way, total in rounds for field, dtype, count in way.fields(total)]
 
     def average(self, kernels, tensors, residuals, p, q):
         grads = [t.view(_matrix(t.shape)) for t in tensors]

@@ -37,8 +37,12 @@ class Part(NamedTuple):
     @property
     def fields(self) -> list[Field]:
         if self.compressor.collective == "rounds":
-            return self.compressor.rounds([shape for _, shape in self.tensors])
+            return [field for _, way, count in self.rounds for field in way.fields(count)]
         return self.compressor.fields(self.stop - self.start)
+
+    @property
+    def rounds(self) -> list[tuple[str, Compressor, int]]:
+        return self.compressor.rounds([shape for _, shape in self.tensors])
 
     def kept(self, residual: Tensor | None) -> Tensor | None:
         """What the compressor gets of a residual [n] or [slots, n]: all of its slots, or none without error feedback."""
