@@ -116,3 +116,9 @@ def test_the_public_names_are_those_of_the_design():
     names = _fresh("import json, commopt; print(json.dumps({'all': commopt.__all__, 'have': [n for n in commopt.__all__ if hasattr(commopt, n)]}))")
     assert names["all"] == names["have"]
     assert {"attach", "State", "hook", "parse", "register", "wire_bytes", "compressors", "Compressor"} <= set(names["all"])
+
+
+def test_every_package_is_installed():
+    said = set(re.findall(r'"(commopt[\w.]*)"', re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]))
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "commopt").rglob("__init__.py")}
+    assert said == there - {"commopt.bench", "commopt.kernels"} | {"commopt.bench", "commopt.kernels"}
