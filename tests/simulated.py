@@ -4,7 +4,6 @@ that it waits for has arrived, so that any number of ranks run through the colle
 from collections import defaultdict, deque
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from commopt import parse
@@ -47,11 +46,11 @@ class Awaited:
             assert row.numel() == into.numel(), f"{key}: {row.numel()} bytes arrived where {into.numel()} were awaited"
             into.copy_(row)
         if self.total is not None:
-            key, _, x, op = self.total
+            key, _, x = self.total
             rows = [row for _, row in sorted(self.network.sums[key], key=lambda pair: pair[0])]
             total = rows[0].clone()
             for row in rows[1:]:
-                total = torch.maximum(total, row) if op == dist.ReduceOp.MAX else total + row
+                total += row
             x.copy_(total)
         return self.failed
 
@@ -60,22 +59,22 @@ class SimulatedLink:
     def __init__(self, network: Network, me: int, members: tuple[int, ...]):
         self.network, self.members, self.me = network, members, me
         self.rank, self.world = members.index(me), len(members)
-        self._reductions = defaultdict(int)
+        self._reductions = 0
         self._parts: dict[tuple, SimulatedLink] = {}
         self.failures: list[Exception] = []
 
     def among(self, members):
         return self._parts.setdefault(members, SimulatedLink(self.network, self.me, tuple(self.members[r] for r in members)))
 
-    def open(self, lanes):
-        pass
+    def others(self):
+        return [*range(self.rank + 1, self.world), *range(self.rank)]
 
-    def all_reduce(self, x, op=dist.ReduceOp.SUM, lane=0):
-        key = (self.members, lane, self._reductions[lane])
-        self._reductions[lane] += 1
+    def all_reduce(self, x):
+        key = (self.members, self._reductions)
+        self._reductions += 1
         self.network.sums[key].append((self.rank, x.clone()))
         self.network.sent[self.me] += 2 * (self.world - 1) * x.numel() * x.element_size() // self.world
-        return Awaited(self.network, total=(key, self.world, x, op))
+        return Awaited(self.network, total=(key, self.world, x))
 
     def written(self, fill, r, row, failed):
         try:
@@ -92,7 +91,7 @@ class SimulatedLink:
         return [((self.members[r], self.me, tag), rows[r, : sizes[r]]) for r in range(self.world) if r != self.rank and sizes[r]]
 
     def scatter(self, departing, arriving, sizes, fill, number, failed=None, coming=None):
-        for r in [*range(self.rank + 1, self.world), *range(self.rank)]:
+        for r in self.others():
             failed = self.written(fill, r, departing[r, : sizes[r]], failed)
             if sizes[r]:
                 self.network.send(self.me, self.members[r], 2 * number, departing[r, : sizes[r]])

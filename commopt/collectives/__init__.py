@@ -17,7 +17,5 @@ COLLECTIVES = {
 
 
 def prepare(plan: Plan) -> Prepared:
-    """The plan's collective, ready for its exchanges."""
-    prepared = COLLECTIVES[plan.collective](plan)
-    plan.sent = prepared.sent
-    return prepared
+    """The plan's collective, ready for its exchanges. It sets plan.sent."""
+    return COLLECTIVES[plan.collective](plan)

@@ -24,4 +24,5 @@ def gather(plan: Plan) -> Prepared:
         message.decode_sum(x, plan.weight, rows)
         plan.finite = message.finite(rows)
 
-    return Prepared(begin, (plan.world - 1) * message.nbytes, hops=1)
+    plan.sent = (plan.world - 1) * message.nbytes
+    return Prepared(plan, begin)

@@ -7,7 +7,7 @@ from ..compressors import Compressor
 from ..plan import Message, Part, Plan
 from .link import Link
 from .phases import Phases, Prepared, together
-from .two_shot import kept_of
+from .shards import Shards, kept_of
 
 
 def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
@@ -28,62 +28,53 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
     held = [[s * len(ranks) // count for s in range(count)] for ranks in plan.nodes]  # [node][shard]: who, counted in the node
     here, me = plan.nodes[node], plan.nodes[node].index(plan.rank)
     stretches = [_span([shards[s] for s in range(count) if held[node][s] == i]) for i in range(len(here))]
-    shares = [plan.message(start, stop, "share", _intra) for start, stop in stretches]
-    result = plan.message(*stretches[me], "sum", _intra)
-    sizes = [share.nbytes for share in shares]
-    departing, arriving, sums = (torch.zeros(len(here), max(sizes), dtype=torch.uint8, device=plan.device) for _ in range(3))
+    within = Shards(plan, stretches, me, _intra)
     start, stop = stretches[me]
     total = torch.empty(stop - start, dtype=torch.float32, device=plan.device)
-    lossy_result = node == 0 and any(part.compressor.ef for part in result.parts)
-    inner: list[tuple[Plan, Prepared, tuple[int, ...], slice]] = []
+    lossy_result = node == 0 and any(part.compressor.ef for part in within.sum.parts)
+    inner: list[tuple[Prepared, tuple[int, ...], int, int]] = []  # with the ranks that hold the shard, and where it is
     if len(plan.nodes) > 1:
         for s in range(count):
             if held[node][s] == me and shards[s][0] < shards[s][1]:
                 between = plan.stretch(*shards[s], node, len(plan.nodes), _inter)
                 holders = tuple(ranks[held[i][s]] for i, ranks in enumerate(plan.nodes))
-                inner.append((between, prepare(between), holders, slice(shards[s][0] - start, shards[s][1] - start)))
+                inner.append((prepare(between), holders, *shards[s]))
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
         def encode_share(i: int) -> None:
-            s, e = stretches[i]
-            shares[i].encode(x[s:e], kept_of(residual, s, e), departing[i] if i != me else arriving[i], plan.draw, plan.loss_scale)
+            within.encode(i, x, residual)
 
         def encode_result(_: int) -> None:
-            result.encode(total, None, sums[me], plan.draw, plan.loss_scale)
+            within.sum.encode(total, None, within.sums[me], plan.draw, plan.loss_scale)
 
         near = link.among(here)
-        failed = yield near.scatter(departing, arriving, sizes, encode_share, plan.number)
+        failed = yield near.scatter(within.departing, within.arriving, within.sizes, encode_share, plan.number)
         if failed is None:
-            shares[me].decode_sum(total, 1.0, arriving)
+            within.messages[me].decode_sum(total, 1.0, within.arriving)
         else:
             total.fill_(torch.nan)  # the others wait for what follows
         exchanges = []
-        for between, prepared, holders, where in inner:
-            between.step, between.loss_scale = plan.step, plan.loss_scale
-            exchanges.append(prepared.begin(link.among(holders), total[where], kept_of(residual, start + where.start, start + where.stop)))
+        for prepared, holders, s, e in inner:
+            prepared.plan.step, prepared.plan.loss_scale = plan.step, plan.loss_scale
+            exchanges.append(prepared.begin(link.among(holders), total[s - start : e - start], kept_of(residual, s, e)))
         try:
             yield from together(exchanges)
         except Exception as error:  # the others in this node wait for what follows
             failed = failed or error
         before = total.clone() if lossy_result and residual is not None else None
-        failed = yield near.gather(sums, sizes, encode_result, plan.number, failed)
+        failed = yield near.gather(within.sums, within.sizes, encode_result, plan.number, failed)
         if failed:
             raise failed
         if before is not None:
-            _keep_lost(result, before, kept_of(residual, start, stop), sums[me : me + 1], plan.loss_scale)
-        finite = torch.ones((), dtype=torch.bool, device=x.device)
-        for i, (s, e) in enumerate(stretches):
-            shares[i].decode_sum(x[s:e], plan.weight, sums[i : i + 1])
-            finite &= shares[i].finite(sums[i : i + 1])
-        plan.finite = finite
-        ready.sent = plan.sent = sent()  # shards of lists are cut anew
+            _keep_lost(within.sum, before, kept_of(residual, start, stop), within.sums[me : me + 1], plan.loss_scale)
+        plan.finite = within.decode(x)
+        plan.sent = sent()  # shards of lists are cut anew
 
     def sent() -> int:
-        own = sizes[me]
-        return sum(sizes) - own + (len(here) - 1) * own + sum(prepared.sent for _, prepared, _, _ in inner)
+        return within.sent + sum(prepared.plan.sent for prepared, *_ in inner)
 
-    ready = Prepared(begin, sent(), hops=2 * (len(here) > 1) + max((p.hops for _, p, _, _ in inner), default=0), merges=False)
-    return ready
+    plan.sent = sent()
+    return Prepared(plan, begin, merges=False)
 
 
 def _intra(part: Part) -> Compressor:

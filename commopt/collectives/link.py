@@ -42,8 +42,6 @@ class Link:
         members = members or tuple(range(dist.get_world_size(group)))
         self.rank, self.world = members.index(dist.get_rank(group)), len(members)
         self._peers = [dist.get_global_rank(group, r) for r in members]
-        self._members = members
-        self._lanes = [group]
         self._parts: dict[tuple[int, ...], Link] = {}
 
     def among(self, members: tuple[int, ...]) -> "Link":
@@ -55,16 +53,10 @@ class Link:
     def _part(self, members: tuple[int, ...]) -> "Link":
         return type(self)(self.group, self._on_failure, members)
 
-    def open(self, lanes: int) -> None:
-        """Makes `lanes` lanes ready. An all-reduce is told from others by their order, and phases of different exchanges
-        have none between them: those of each phase have a lane, a group, of their own. All ranks call it together."""
-        while len(self._lanes) < lanes:
-            self._lanes.append(_group(self.group, self._peers))
+    def all_reduce(self, x: Tensor) -> Pending:
+        return Pending([dist.all_reduce(x, group=self.group, async_op=True)])
 
-    def all_reduce(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM, lane: int = 0) -> Pending:
-        return Pending([dist.all_reduce(x, op, group=self._lanes[lane], async_op=True)])
-
-    def _others(self) -> list[int]:
+    def others(self) -> list[int]:
         """The other ranks, each beginning with its neighbour so that not all send to the same one first."""
         return [(self.rank + i) % self.world for i in range(1, self.world)]
 
@@ -85,7 +77,7 @@ class Link:
             works.append(dist.isend(row, self._peers[r], self.group, tag))
 
     def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> None:
-        works += [dist.irecv(rows[r, : sizes[r]], self._peers[r], self.group, tag) for r in self._others() if sizes[r]]
+        works += [dist.irecv(rows[r, : sizes[r]], self._peers[r], self.group, tag) for r in self.others() if sizes[r]]
 
     def scatter(
         self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int,
@@ -97,7 +89,7 @@ class Link:
         works = []
         try:
             self._receive(arriving, coming or [sizes[self.rank]] * self.world, 2 * number, works)
-            for r in self._others():
+            for r in self.others():
                 row = departing[r, : sizes[r]]
                 failed = self.written(fill, r, row, failed)
                 self._send(row, r, 2 * number, works)
@@ -113,7 +105,7 @@ class Link:
             self._receive(rows, sizes, 2 * number + 1, works)
             own = rows[self.rank, : sizes[self.rank]]
             failed = self.written(fill, self.rank, own, failed)
-            for r in self._others():
+            for r in self.others():
                 self._send(own, r, 2 * number + 1, works)
         except RuntimeError as error:
             failed = failed or ConnectionError(str(error))
@@ -125,18 +117,16 @@ class DeviceLink(Link):
     Rows go whole: all ranks give them the same length."""
 
     def _part(self, members):
-        part = type(self)(_group(self.group, [self._peers[r] for r in members]), self._on_failure)
-        return part
+        ranks, backend = [self._peers[r] for r in members], dist.get_backend(self.group)
+        group = dist.new_group(ranks, timeout=timeout_of(self.group), backend=backend, use_local_synchronization=True)
+        return type(self)(group, self._on_failure)
 
-    def open(self, lanes):
-        self._lanes = [self.group] * lanes  # all in order
-
-    def all_reduce(self, x, op=dist.ReduceOp.SUM, lane=0):
-        dist.all_reduce(x, op, group=self.group)
+    def all_reduce(self, x: Tensor) -> Pending:
+        dist.all_reduce(x, group=self.group)
         return Pending()
 
     def scatter(self, departing, arriving, sizes, fill, number, failed=None, coming=None):
-        for r in self._others():
+        for r in self.others():
             failed = self.written(fill, r, departing[r], failed)
         failed = self.written(fill, self.rank, arriving[self.rank], failed)
         departing[self.rank].copy_(arriving[self.rank])
@@ -152,9 +142,9 @@ class DeviceLink(Link):
 class StagedLink(Link):
     """Rows of a device over a network that reads only host memory: CUDA tensors on gloo. Each row is copied, and waited for."""
 
-    def all_reduce(self, x, op=dist.ReduceOp.SUM, lane=0):
+    def all_reduce(self, x: Tensor) -> Pending:
         host = x.cpu()
-        failed = super().all_reduce(host, op, lane).wait()
+        failed = super().all_reduce(host).wait()
         x.copy_(host)
         return Pending(failed=failed)
 
@@ -179,11 +169,6 @@ class StagedLink(Link):
         failed = super().gather(host, sizes, fill_and_copy, number, failed).wait()
         rows.copy_(host)
         return Pending(failed=failed)
-
-
-def _group(like: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
-    """Another group with some of the ranks of one, made by these alone."""
-    return dist.new_group(ranks, timeout=timeout_of(like), backend=dist.get_backend(like), use_local_synchronization=True)
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

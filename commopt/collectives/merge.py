@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .link import Fill, Link
-from .phases import Pending, Phases
+from .phases import All, Pending, Phases, advance
 
 WORTH = 1 << 17  # bytes to each peer that are worth a message of their own: what a link of 10 Gbit/s carries in 0.1 ms
 
@@ -15,17 +15,14 @@ class _Notes:
     """Stands for the link: has rows written and notes where they go and where others arrive. Nothing travels."""
 
     def __init__(self, link: Link):
-        self.rank, self.world, self.written = link.rank, link.world, link.written
+        self.rank, self.world, self.others, self.written = link.rank, link.world, link.others, link.written
         self.out: list[Tensor] = []
         self.into: list[Tensor] = []
-
-    def _others(self) -> list[int]:
-        return [r for r in range(self.world) if r != self.rank]
 
     def scatter(self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int, failed: Exception | None = None) -> Pending:
         self.out = [departing[r, :size] for r, size in enumerate(sizes)]
         self.into = [row[: sizes[self.rank]] for row in arriving]
-        for r in self._others():
+        for r in self.others():
             failed = self.written(fill, r, departing[r], failed)
         return Pending(failed=self.written(fill, self.rank, arriving[self.rank], failed))
 
@@ -64,7 +61,7 @@ class Batch:
     def phases(self) -> Phases:
         """The exchange of all that was added."""
         running, failed, failure, phase = self._running, self._failed, None, 0
-        others = [r for r in range(self._link.world) if r != self._link.rank]
+        others = self._link.others()
         while running:
             leaving, coming = ([sum(rows[r].numel() for rows in way) if r in others else 0 for r in range(self._link.world)]
                                for way in ([notes.out for _, notes in running], [notes.into for _, notes in running]))
@@ -79,17 +76,10 @@ class Batch:
             for r in others:
                 for (_, notes), some in zip(running, arriving[r, : coming[r]].split([notes.into[r].numel() for _, notes in running])):
                     notes.into[r].copy_(some)
-            goes_on, begun = [], None
-            for phases, notes in running:
-                try:
-                    wrong = phases.send(failed).wait()
-                    begun = begun or wrong
-                    goes_on.append((phases, notes))
-                except StopIteration:
-                    pass
-                except Exception as error:  # others' rows are awaited elsewhere
-                    failure = failure or error
-            running, failed, phase = goes_on, failed or begun, phase + 1
+            begun, wrong = advance([phases for phases, _ in running], failed)
+            failure, phase = failure or wrong, phase + 1
+            running = [one for one, pending in zip(running, begun) if pending]
+            failed = failed or All([pending for pending in begun if pending]).wait()
         if failure:
             raise failure
 

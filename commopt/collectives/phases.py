@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..plan import Plan
+
 
 class Pending:
     """What has begun, arrivals and departures, and what already failed."""
@@ -29,16 +31,17 @@ Phases = Generator[Pending, Exception | None, None]  # yields what has to arrive
 class Prepared:
     """A collective with its messages and buffers for one plan. Not for two exchanges at a time.
 
-    begin(link, x, residual): the phases of an exchange, which averages x in place. sent: bytes that this rank hands to the
-    network in one. hops: how many of its messages wait for one another. merges: whether it does no more with the link than
-    to scatter and gather, so that its messages can travel in those of another exchange.
+    begin(link, x, residual): the phases of an exchange, which averages x in place. merges: whether it does no more with the
+    link than to scatter and gather, so that its messages can travel in those of another exchange.
     """
 
-    def __init__(self, begin: Callable[[Any, Tensor, Tensor | None], Phases], sent: int, hops: int, merges: bool = True):
-        self.begin, self.sent, self.hops, self.merges = begin, sent, hops, merges
+    def __init__(self, plan: Plan, begin: Callable[[Any, Tensor, Tensor | None], Phases], merges: bool = True):
+        self.plan, self.begin, self.merges = plan, begin, merges
 
 
-class _Both(Pending):
+class All(Pending):
+    """What several exchanges have begun."""
+
     def __init__(self, begun: list[Pending]):
         self._begun = begun
 
@@ -47,21 +50,30 @@ class _Both(Pending):
         return next((failed for failed in failures if failed), None)
 
 
+def advance(running: list[Phases], failed: Exception | None) -> tuple[list[Pending | None], Exception | None]:
+    """The next phase of each: what it has begun, or None for one that has ended, and what the first of those raised. One
+    that raises does not stop the others, whose rows are awaited elsewhere."""
+    begun: list[Pending | None] = []
+    failure = None
+    for phases in running:
+        try:
+            begun.append(phases.send(failed))
+        except StopIteration:
+            begun.append(None)
+        except Exception as error:
+            begun.append(None)
+            failure = failure or error
+    return begun, failure
+
+
 def together(running: list[Phases]) -> Phases:
     """Several exchanges, each phase of all of them before the next of any."""
     failed = failure = None
     while running:
-        begun, goes_on = [], []
-        for phases in running:
-            try:
-                begun.append(phases.send(failed))
-                goes_on.append(phases)
-            except StopIteration:
-                pass
-            except Exception as error:  # the others' rows are awaited elsewhere
-                failure = failure or error
-        running = goes_on
+        begun, wrong = advance(running, failed)
+        failure = failure or wrong
+        running = [phases for phases, pending in zip(running, begun) if pending]
         if running:
-            failed = yield _Both(begun)
+            failed = yield All([pending for pending in begun if pending])
     if failure:
         raise failure

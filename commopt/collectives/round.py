@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..compressors import Compressor
+from ..compressors import Compressor, all_finite
 from ..wire import Layout
 
 
@@ -65,4 +65,4 @@ class Round:
 
     def finite(self) -> Tensor:
         """Whether no value is an infinity or a NaN; bool []."""
-        return torch.stack([torch.isfinite(lane.values).all() for lane in self.lanes]).all()
+        return all_finite(*(lane.values for lane in self.lanes))

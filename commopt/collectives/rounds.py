@@ -64,8 +64,8 @@ def rounds(plan: Plan) -> Prepared:
             message.decode_sum(x, plan.weight, rows)
             plan.finite &= message.finite(rows)
 
-    sent = (plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1])
-    return Prepared(begin, sent, hops=2 * len(trips) + (message is not None))
+    plan.sent = (plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1])
+    return Prepared(plan, begin)
 
 
 def _arrange(plan: Plan) -> tuple[list[Round], list, list]:

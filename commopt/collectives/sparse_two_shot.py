@@ -31,10 +31,8 @@ def sparse_two_shot(plan: Plan) -> Prepared:
         exchanges += 1
         if exchanges & (exchanges - 1) == 0 or exchanges % _PERIOD == 0:
             inner = _cut(plan, _density(x))
-            prepared.sent = plan.sent = inner.sent
 
-    prepared = Prepared(begin, inner.sent, inner.hops)
-    return prepared
+    return Prepared(plan, begin)
 
 
 def _density(x: Tensor) -> Tensor:

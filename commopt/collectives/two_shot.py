@@ -7,10 +7,11 @@ from ..compressors import Compressor
 from ..plan import Part, Plan
 from .link import Link
 from .phases import Phases, Prepared
+from .shards import Shards, kept_of
 
 
 def two_shot(
-    plan: Plan, shards: list[tuple[int, int]] | None = None, compressor: Callable[[Part], Compressor] = lambda part: part.compressor
+    plan: Plan, spans: list[tuple[int, int]] | None = None, compressor: Callable[[Part], Compressor] = lambda part: part.compressor
 ) -> Prepared:
     """Two rounds, 2 (W - 1) / W messages per rank however many ranks there are:
 
@@ -18,38 +19,23 @@ def two_shot(
     2. It encodes that sum, together with what it kept of the shard in round 1, and sends it to all. What this second
        encoding loses stays in its residual, so nothing is lost: what all ranks kept plus what they sent is what there was.
     """
-    shards = shards or plan.shards(plan.world)
-    shares = [plan.message(start, stop, "share", compressor) for start, stop in shards]
-    resum = plan.message(*shards[plan.rank], "sum", compressor)
-    sizes = [share.nbytes for share in shares]
-    departing, arriving, sums = (plan.rows(max(sizes)) for _ in range(3))
-    start, stop = shards[plan.rank]
+    shards = Shards(plan, spans or plan.shards(plan.world), plan.rank, compressor)
+    start, stop = shards.start, shards.stop
     wide = None if plan.dtype == torch.float32 else torch.empty(stop - start, dtype=torch.float32, device=plan.device)
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
         def encode_share(r: int) -> None:
-            s, e = shards[r]
-            row = departing[r] if r != plan.rank else arriving[r]
-            shares[r].encode(x[s:e], kept_of(residual, s, e), row, plan.draw, plan.loss_scale)
+            shards.encode(r, x, residual)
 
         def encode_sum(_: int) -> None:
             total = x[start:stop] if wide is None else wide
-            resum.resum(total, kept_of(residual, start, stop), arriving, sums[plan.rank], plan.draw, plan.loss_scale)
+            shards.sum.resum(total, kept_of(residual, start, stop), shards.arriving, shards.sums[plan.rank], plan.draw, plan.loss_scale)
 
-        failed = yield link.scatter(departing, arriving, sizes, encode_share, plan.number)
-        failed = yield link.gather(sums, sizes, encode_sum, plan.number, failed)
+        failed = yield link.scatter(shards.departing, shards.arriving, shards.sizes, encode_share, plan.number)
+        failed = yield link.gather(shards.sums, shards.sizes, encode_sum, plan.number, failed)
         if failed:
             raise failed
-        finite = torch.ones((), dtype=torch.bool, device=x.device)
-        for r, (s, e) in enumerate(shards):
-            shares[r].decode_sum(x[s:e], plan.weight, sums[r : r + 1])
-            finite &= shares[r].finite(sums[r : r + 1])
-        plan.finite = finite
+        plan.finite = shards.decode(x)
 
-    own = sizes[plan.rank]
-    return Prepared(begin, sum(sizes) - own + (plan.world - 1) * own, hops=2)
-
-
-def kept_of(residual: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """A stretch of a residual [n] or [slots, n]."""
-    return None if residual is None else residual[..., start:stop]
+    plan.sent = shards.sent
+    return Prepared(plan, begin)

@@ -1,6 +1,6 @@
 """One compression method per file. Importing this package registers them all."""
 
-from .base import STEADY, Compressor, compressors, never_larger, overview, parse, register, wire_bytes
+from .base import STEADY, Compressor, all_finite, compressors, never_larger, overview, parse, register, wire_bytes
 from .none import NoCompression
 from .bf16 import BF16
 from .fp16 import FP16
@@ -17,4 +17,4 @@ from .powersgd import PowerSGD
 from .dct import DCT
 from .hierarchical import Hierarchical
 
-__all__ = ["STEADY", "Compressor", "compressors", "never_larger", "overview", "parse", "register", "wire_bytes"]
+__all__ = ["STEADY", "Compressor", "all_finite", "compressors", "never_larger", "overview", "parse", "register", "wire_bytes"]

@@ -20,9 +20,8 @@ class Compressor:
 
     `collective` says how messages combine: "sum" (an all-reduce of the gradient itself), "gather" (every rank gets every
     message), "two_shot" (shards are summed by their owner, who sends the compressed sum to all), "sparse_two_shot" (the
-    same with shards of equally many entries), "integer_sum" (codes with a scale that all share are added by an all-reduce)
-    or "rounds" (what is sent depends on a mean that came before: such a method has `rounds` and `average` in place of
-    encode and decode_sum). It may be a key of the spec. "auto" leaves it to the number of ranks.
+    same with shards of equally many entries) or "rounds" (what is sent depends on a mean that came before: such a method
+    has `rounds` and `average` in place of encode and decode_sum). It may be a key of the spec. "auto" leaves it to the number of ranks.
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
     `keeps_zero` is whether a zero without a residual is decoded as zero; where not, the exact parameters inside a part,
     zeros to the compressor, would gather a residual, and the plan clears it.
@@ -55,10 +54,7 @@ class Compressor:
 
     def finite(self, fields: dict[str, Tensor]) -> Tensor:
         """Whether no row of a message's fields, [rows, count] by name, shows an infinity or a NaN: bool []."""
-        rows = fields[self.witness]
-        if not rows.numel():
-            return torch.ones((), dtype=torch.bool, device=rows.device)
-        return torch.isfinite(torch.stack([extreme for row in rows for extreme in torch.aminmax(row)])).all()  # no copy of a row
+        return all_finite(*fields[self.witness])
 
     def takes(self, shape: torch.Size) -> bool:
         """Whether it compresses a tensor of this shape. What it does not take travels exactly."""
@@ -108,6 +104,12 @@ class Compressor:
         """The compressor that a two_shot encodes the sum of a shard with; differs from self where that sum must be treated
         otherwise than a gradient. Same fields, decoded by self."""
         return self
+
+
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether they hold no infinity and no NaN; bool []. One read of each, no copy."""
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
+    return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.ones((), dtype=torch.bool, device=tensors[0].device)
 
 
 def compressors() -> dict[str, dict[str, tuple[type, Any]]]:

@@ -76,8 +76,7 @@ class State:
             raise wrong
         if self.world == 1:
             log.warning("commopt: the group has one rank, so there is nothing to exchange; gradients are compressed all the same")
-        self._plans: dict[tuple[int, ...], Plan] = {}
-        self._prepared: dict[int, Prepared] = {}  # plan number -> its collective
+        self._buckets: dict[tuple[int, ...], Prepared] = {}  # ids of the parameters -> the plan's collective
         self._batch: Batch | None = None  # small exchanges that wait for company
         self._merged: dict = {}  # buffers of batches
         self._active: tuple[Compressor, dict[str, Compressor]] | None = None  # spec and rules of this step; None is exact
@@ -139,17 +138,17 @@ class State:
         return _completed(x)
 
     def _send(self, x: Tensor, known: list[Parameter], key: tuple[int, ...], joined: bool) -> Future:
-        plan = self._plans.get(key) or self._make_plan(x, known, key)
-        prepared, (link, runner) = self._prepared[plan.number], self._links_of(x.device)
+        prepared = self._buckets.get(key) or self._make_plan(x, known, key)
+        plan, (link, runner) = prepared.plan, self._links_of(x.device)
         plan.step, plan.loss_scale, plan.finite = self.step, self._scale_on(x.device), None
         # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
         residual = None if joined else plan.residual
         self._bytes_raw += x.numel() * x.element_size()
-        self._bytes_wire += prepared.sent
+        self._bytes_wire += plan.sent
         future = future_of(x)
         done = lambda failure: self._done(plan, failure, x, future)
         worth = WORTH * (self.world - 1)
-        if not prepared.merges or prepared.sent >= worth:
+        if not prepared.merges or plan.sent >= worth:
             self.close_batch()  # in the order of the hooks, which is the same on all ranks
             runner.exchange(prepared.begin(link, x, residual), done)
             return future
@@ -157,7 +156,7 @@ class State:
             self.close_batch()
         if self._batch is None:
             self._batch = Batch(link, x.device, plan.number, self._merged)
-        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), prepared.sent, done))
+        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), plan.sent, done))
         if self._batch.sent >= worth:
             self.close_batch()
         return future
@@ -178,18 +177,16 @@ class State:
             self._links[device] = link_for(device, group, lambda error: self._fail(error, "writing a message")), Runner(device)
         return self._links[device]
 
-    def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Plan:
+    def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Prepared:
         """A plan for a bucket that was not seen before. The ranks compare what they are about to do."""
         names = {p.name for p in known}
-        self._plans = {k: p for k, p in self._plans.items() if names.isdisjoint(q.name for q in p.parameters)}
+        self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
         plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
         agree(self._control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
         self._residuals.serve(plan)
-        self._plans[key], self._merged = plan, {}
-        held = {p.number for p in self._plans.values()}
-        self._prepared = {number: p for number, p in self._prepared.items() if number in held} | {plan.number: prepare(plan)}
-        return plan
+        self._buckets[key], self._merged = prepare(plan), {}
+        return self._buckets[key]
 
     def _done(self, plan: Plan, failure: Exception | None, x: Tensor, future: Future) -> None:
         try:
@@ -210,8 +207,8 @@ class State:
         if compressed >= 0 and not self._paused:
             active = self._compressors(compressed)
         if active != self._active:
-            self._active, self._plans, self._prepared = active, {}, {}
-        if not self._plans or self.step < 2:
+            self._active, self._buckets = active, {}
+        if not self._buckets or self.step < 2:
             self._loss_scale.find()
         if self._loss_scale.updated():
             self._residuals.follow(self._loss_scale.value, self._loss_scale.backoff)
@@ -224,8 +221,8 @@ class State:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
         on all ranks, with the reducer in good order."""
         self._exposed += time.perf_counter() - backward_done
-        finite = [plan.finite for plan in self._plans.values() if plan.finite is not None]
-        for plan in self._plans.values():
+        finite = [plan.finite for plan in self._plans if plan.finite is not None]
+        for plan in self._plans:
             plan.finite = None
         if finite:
             self._see(torch.stack([f.to(finite[0].device) for f in finite]).all())
@@ -250,12 +247,16 @@ class State:
     def _fail(self, error: Exception, where: str) -> None:
         self._alarm.post(error, where, self.step)
 
+    @property
+    def _plans(self) -> list[Plan]:
+        return [bucket.plan for bucket in self._buckets.values()]
+
     # --- what the user calls ---
 
     @property
     def plan(self) -> list[dict]:
         """What was decided for each bucket."""
-        return [plan.describe() for plan in self._plans.values()]
+        return [plan.describe() for plan in self._plans]
 
     def set(self, spec: str | Compressor) -> None:
         """Compresses with another spec from the next step on. All ranks call it between the same two steps."""
@@ -281,7 +282,7 @@ class State:
     def detach(self) -> None:
         """Averages exactly for ever and frees residuals and messages. DDP keeps a hook until it is deleted."""
         self._paused, self._residuals = True, Residuals()
-        self._plans, self._prepared, self._merged = {}, {}, {}
+        self._buckets, self._merged = {}, {}
 
     def reset_stats(self) -> None:
         self._steps, self._bytes_raw, self._bytes_wire, self._exposed = 0, 0, 0, 0.0
@@ -305,7 +306,7 @@ class State:
             "exposed_ms": per_step * self._exposed,
             "residual_norm": self._residuals.norm(),
             "nonfinite_steps": int(self._nonfinite),
-            "spec": {plan.number: plan.describe()["specs"] for plan in self._plans.values()},
+            "spec": {plan.number: plan.describe()["specs"] for plan in self._plans},
         }
 
     def log_to(self, sink: Callable[[dict, int], None], every: int = 50) -> None:

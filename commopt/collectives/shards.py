@@ -1,0 +1,49 @@
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..compressors import Compressor
+from ..plan import Part, Plan
+
+
+class Shards:
+    """A bucket cut in stretches, of which rank r of some ranks, this one being `rank`, sums the r-th and sends it to all.
+
+    spans: (start, stop) of each. messages: the message of each. sizes: their bytes. departing, arriving and sums: uint8
+    [ranks, longest], what goes to each rank, what each has sent of this rank's shard, and each shard's sum.
+    """
+
+    def __init__(self, plan: Plan, spans: list[tuple[int, int]], rank: int, compressor: Callable[[Part], Compressor]):
+        self.plan, self.spans, self.rank = plan, spans, rank
+        self.start, self.stop = spans[rank]
+        self.messages = [plan.message(start, stop, "share", compressor) for start, stop in spans]
+        self.sum = plan.message(self.start, self.stop, "sum", compressor)
+        self.sizes = [message.nbytes for message in self.messages]
+        shape = (len(spans), max(self.sizes))
+        self.departing, self.arriving, self.sums = (torch.zeros(shape, dtype=torch.uint8, device=plan.device) for _ in range(3))
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank sends: to each owner its share, and to the others its sum."""
+        own = self.sizes[self.rank]
+        return sum(self.sizes) - own + (len(self.sizes) - 1) * own
+
+    def encode(self, r: int, x: Tensor, residual: Tensor | None) -> None:
+        """The message of rank r's shard, into the row that goes there; this rank's own as if it had arrived."""
+        start, stop = self.spans[r]
+        row = (self.arriving if r == self.rank else self.departing)[r]
+        self.messages[r].encode(x[start:stop], kept_of(residual, start, stop), row, self.plan.draw, self.plan.loss_scale)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x <- the mean of all ranks, from the sums. Whether it is finite; bool []."""
+        finite = torch.ones((), dtype=torch.bool, device=x.device)
+        for r, (start, stop) in enumerate(self.spans):
+            self.messages[r].decode_sum(x[start:stop], self.plan.weight, self.sums[r : r + 1])
+            finite &= self.messages[r].finite(self.sums[r : r + 1])
+        return finite
+
+
+def kept_of(residual: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """A stretch of a residual [n] or [slots, n]."""
+    return None if residual is None else residual[..., start:stop]
