@@ -14,19 +14,16 @@ from torch.futures import Future
 
 from .. import __version__
 from ..collectives import prepare
-from ..collectives.link import Link, link_for, timeout_of
-from ..collectives.merge import WORTH, Batch
 from ..collectives.phases import Prepared
-from ..collectives.run import Runner, future_of
+from ..collectives.run import future_of
 from ..compressors import STEADY, Compressor, parse
 from ..plan import Parameter, Plan
 from ..residual import Residuals
 from .agreement import agree, nodes
-from .alarm import Alarm
 from .grad_scaler import LossScale
+from .traffic import Traffic
 
 log = logging.getLogger("commopt")
-_numbers = itertools.count()
 
 
 class State:
@@ -60,32 +57,26 @@ class State:
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self._parameters = {id(p): Parameter(n, p.shape, p.numel()) for n, p in named}
         self._keep_alive = [p for _, p in named]  # an id is a key only while its owner lives
-        self._make_groups(group if group is not None else getattr(model, "process_group", None))
+        self._traffic = Traffic(group if group is not None else getattr(model, "process_group", None), self._fail)
+        self.rank, self.world = self._traffic.rank, self._traffic.world
         facts = {
             "commopt": __version__, "arguments": f"refused: {wrong}" if wrong else "accepted",
             "spec": str(spec), "rules": {k: str(v) for k, v in (rules or {}).items()}, "start_step": start_step, "seed": seed, "world size": self.world,
             "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
         }
-        agree(self._control, facts)
-        self._nodes = nodes(self._control)
-        number = [next(_numbers)]  # rank 0's: another rank may have made more handles than it
-        dist.broadcast_object_list(number, self._ranks[0], self._control)
-        store = dist.PrefixStore(f"commopt/{self._ranks[0]}/{number[0]}", dist.distributed_c10d._get_default_store())
-        self._alarm = Alarm(store, self._control)
+        agree(self._traffic.control, facts)
+        self._nodes = nodes(self._traffic.control)
         if wrong:
             raise wrong
         if self.world == 1:
             log.warning("commopt: the group has one rank, so there is nothing to exchange; gradients are compressed all the same")
         self._buckets: dict[tuple[int, ...], Prepared] = {}  # ids of the parameters -> the plan's collective
-        self._batch: Batch | None = None  # small exchanges that wait for company
-        self._merged: dict = {}  # buffers of batches
         self._active: tuple[Compressor, dict[str, Compressor]] | None = None  # spec and rules of this step; None is exact
         self._paused = False
         self._residuals = Residuals()
         self._loss_scale = LossScale()
         self._exchanged: set[str] = set()  # the parameters that this step has begun to exchange
         self._plan_numbers = itertools.count()
-        self._links: dict[torch.device, tuple[Link, Runner]] = {}
         self._backward = -1  # the number of the backward whose end is awaited
         self._sinks: list[tuple[Callable, int]] = []
         self._said = False
@@ -98,19 +89,6 @@ class State:
         if not isinstance(start_step, int) or start_step < 0:
             raise ValueError(f"start_step must be the number of a step, 0 or more, got {start_step!r}")
 
-    def _make_groups(self, group: dist.ProcessGroup | None) -> None:
-        """Own groups: a group shared with another thread gives silently wrong sums."""
-        group = group or dist.group.WORLD
-        ranks, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
-        timeout = timeout_of(group)
-        # All ranks of the job can make a group together; of a part of them only its members come here.
-        part = len(ranks) < dist.get_world_size()
-        make = lambda kind: dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=part)
-        self.group = make(backend)
-        self._control = self.group if backend == "gloo" else make("gloo")
-        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self._ranks = ranks
-
     # --- one bucket ---
 
     def exchange(self, x: Tensor, parameters: list[Tensor], last: bool = False) -> Future:
@@ -122,60 +100,33 @@ class State:
                 self._backward = backward
                 _after_backward(self)
             known = [self._parameters[id(p)] for p in parameters]
-            if not self._alarm.left:
+            if not self._traffic.alarm.left:
                 if self.step < 0 or known[0].name in self._exchanged:
                     self._begin_step()
                 self._exchanged.update(p.name for p in known)
                 future = self._send(x, known, tuple(map(id, parameters)), joined=backward == -1)
                 if last:
-                    self.close_batch()
+                    self._traffic.close_batch()
                 return future
         except Exception as error:
             self._fail(error, "in the hook")
-            self._alarm.leave()
-        if backward == -1 and self._alarm.error is not None:  # within join() nothing follows where it could be raised
-            raise self._alarm.error
+            self._traffic.alarm.leave()
+        if backward == -1 and self._traffic.alarm.error is not None:  # within join() nothing follows where it could be raised
+            raise self._traffic.alarm.error
         return _completed(x)
 
     def _send(self, x: Tensor, known: list[Parameter], key: tuple[int, ...], joined: bool) -> Future:
         prepared = self._buckets.get(key) or self._make_plan(x, known, key)
-        plan, (link, runner) = prepared.plan, self._links_of(x.device)
+        plan = prepared.plan
         plan.step, plan.loss_scale, plan.finite = self.step, self._scale_on(x.device), None
-        # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
-        residual = None if joined else plan.residual
         self._bytes_raw += x.numel() * x.element_size()
         self._bytes_wire += plan.sent
-        future = future_of(x)
-        done = lambda failure: self._done(plan, failure, x, future)
-        worth = WORTH * (self.world - 1)
-        if not prepared.merges or plan.sent >= worth:
-            self.close_batch()  # in the order of the hooks, which is the same on all ranks
-            runner.exchange(prepared.begin(link, x, residual), done)
-            return future
-        if self._batch is not None and self._batch.device != x.device:
-            self.close_batch()
-        if self._batch is None:
-            self._batch = Batch(link, x.device, plan.number, self._merged)
-        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), plan.sent, done))
-        if self._batch.sent >= worth:
-            self.close_batch()
-        return future
-
-    def close_batch(self) -> None:
-        """Sends the small exchanges that wait."""
-        batch, self._batch = self._batch, None
-        if batch is not None:
-            self._links_of(batch.device)[1].exchange(batch.phases(), batch.done)
+        # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
+        return self._traffic.exchange(prepared, x, None if joined else plan.residual)
 
     def _scale_on(self, device: torch.device) -> Tensor | None:
         scale = self._loss_scale.value
         return None if scale is None else scale.to(device)
-
-    def _links_of(self, device: torch.device) -> tuple[Link, Runner]:
-        if device not in self._links:
-            group = self._control if device.type == "cpu" else self.group  # a default group may serve both, by name of neither
-            self._links[device] = link_for(device, group, lambda error: self._fail(error, "writing a message")), Runner(device)
-        return self._links[device]
 
     def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Prepared:
         """A plan for a bucket that was not seen before. The ranks compare what they are about to do."""
@@ -183,18 +134,11 @@ class State:
         self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
         plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
-        agree(self._control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
+        agree(self._traffic.control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
         self._residuals.serve(plan)
-        self._buckets[key], self._merged = prepare(plan), {}
+        self._traffic.free()
+        self._buckets[key] = prepare(plan)
         return self._buckets[key]
-
-    def _done(self, plan: Plan, failure: Exception | None, x: Tensor, future: Future) -> None:
-        try:
-            if failure is not None:
-                first, last = plan.parameters[0].name, plan.parameters[-1].name
-                self._fail(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self._ranks}")
-        finally:
-            future.set_result(x)
 
     # --- one step ---
 
@@ -202,7 +146,7 @@ class State:
         self.step += 1
         self._steps += 1
         self._exchanged.clear()
-        self._batch = None  # what a backward left that did not end
+        self._traffic.drop_batch()  # what a backward left that did not end
         active, compressed = None, self.step - self.start_step
         if compressed >= 0 and not self._paused:
             active = self._compressors(compressed)
@@ -226,7 +170,7 @@ class State:
             plan.finite = None
         if finite:
             self._see(torch.stack([f.to(finite[0].device) for f in finite]).all())
-        self._alarm.raise_if_any(self.step)
+        self._traffic.alarm.raise_if_any(self.step)
         if not self._said and self._active is not None:
             self._said = True
             if self.rank == 0:
@@ -245,7 +189,7 @@ class State:
         self._nonfinite = self._nonfinite + (was & ~finite).to(torch.int64)
 
     def _fail(self, error: Exception, where: str) -> None:
-        self._alarm.post(error, where, self.step)
+        self._traffic.alarm.post(error, where, self.step)
 
     @property
     def _plans(self) -> list[Plan]:
@@ -282,27 +226,26 @@ class State:
     def detach(self) -> None:
         """Averages exactly for ever and frees residuals and messages. DDP keeps a hook until it is deleted."""
         self._paused, self._residuals = True, Residuals()
-        self._buckets, self._merged = {}, {}
+        self._buckets = {}
+        self._traffic.free()
 
     def reset_stats(self) -> None:
         self._steps, self._bytes_raw, self._bytes_wire, self._exposed = 0, 0, 0, 0.0
         self._nonfinite: Any = 0
-        for link, runner in self._links.values():
-            runner.reset_clock()
+        self._traffic.reset_clocks()
 
     def stats(self) -> dict[str, Any]:
         """Since the start or reset_stats(), per rank: steps; bytes_raw and bytes_wire, gradients and what was handed to the
         network for them (for an all-reduce, what a ring sends); ratio of the two; milliseconds per step of encoding (with
         summing a shard), of rows under way (they overlap) and of decoding, and exposed_ms, what backward waited after its
         own work was done; residual_norm; nonfinite_steps; spec: bucket number -> its specs."""
-        clocks = [runner.clock for _, runner in self._links.values()]
         per_step = 1e3 / max(1, self._steps)
         return {
             "steps": self._steps,
             "bytes_raw": self._bytes_raw,
             "bytes_wire": self._bytes_wire,
             "ratio": self._bytes_raw / self._bytes_wire if self._bytes_wire else 1.0,
-            **{f"{name}_ms": per_step * sum(c[name] for c in clocks) for name in ("encode", "comm", "decode")},
+            **{f"{name}_ms": per_step * seconds for name, seconds in self._traffic.clocks().items()},
             "exposed_ms": per_step * self._exposed,
             "residual_norm": self._residuals.norm(),
             "nonfinite_steps": int(self._nonfinite),
@@ -316,7 +259,7 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, loadable with torch.load's default. A collective call: every rank gets the mean residual, so the
         file of any one rank is complete and any number of ranks can load it."""
-        return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": self._residuals.mean(self._control)}
+        return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": self._residuals.mean(self._traffic.control)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what state_dict returned, with any spec and world size."""
@@ -342,8 +285,8 @@ class State:
                         "save handle.state_dict(), and attach to the new model")
 
     def __del__(self):
-        for _, runner in getattr(self, "_links", {}).values():
-            runner.stop()
+        if hasattr(self, "_traffic"):
+            self._traffic.stop()
 
 
 def _say(line: str) -> None:
@@ -366,7 +309,7 @@ def _after_backward(state: State) -> None:
     engine = torch.autograd.Variable._execution_engine
 
     def before() -> None:
-        state.close_batch()  # DDP has a last bucket, but not in every mode
+        state._traffic.close_batch()  # DDP has a last bucket, but not in every mode
         computed = time.perf_counter()
         engine.queue_callback(lambda: state._end_step(computed))
 

@@ -1,0 +1,102 @@
+"""What carries the messages of one handle: process groups, links and threads of its own."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from ..collectives.link import Link, link_for, timeout_of
+from ..collectives.merge import WORTH, Batch
+from ..collectives.phases import Prepared
+from ..collectives.run import Runner, future_of
+from .alarm import Alarm
+
+_numbers = itertools.count()
+
+
+class Traffic:
+    """group: the ranks, by default all. failed(error, where): told of what goes wrong, on any thread; it posts to `alarm`.
+
+    Making one is a collective call. Exchanges are begun in the same order on all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, failed: Callable[[Exception, str], None]):
+        group = group or dist.group.WORLD
+        self._failed = failed
+        self.ranks, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
+        timeout = timeout_of(group)
+        # All ranks of the job can make a group together; of a part of them only its members come here.
+        part = len(self.ranks) < dist.get_world_size()
+        make = lambda kind: dist.new_group(self.ranks, timeout=timeout, backend=kind, use_local_synchronization=part)
+        self.group = make(backend)  # a group shared with another thread gives silently wrong sums
+        self.control = self.group if backend == "gloo" else make("gloo")
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        number = [next(_numbers)]  # rank 0's: another rank may have made more of these than it
+        dist.broadcast_object_list(number, self.ranks[0], self.control)
+        store = dist.PrefixStore(f"commopt/{self.ranks[0]}/{number[0]}", dist.distributed_c10d._get_default_store())
+        self.alarm = Alarm(store, self.control)
+        self._links: dict[torch.device, tuple[Link, Runner]] = {}
+        self._batch: Batch | None = None  # small exchanges that wait for company
+        self._merged: dict = {}  # buffers of batches
+
+    def exchange(self, prepared: Prepared, x: Tensor, residual: Tensor | None) -> Future:
+        """Begins to average x in place. A small exchange waits for the next or for close_batch."""
+        plan, (link, runner), future = prepared.plan, self._on(x.device), future_of(x)
+
+        def done(failure: Exception | None) -> None:
+            try:
+                if failure is not None:
+                    first, last = plan.parameters[0].name, plan.parameters[-1].name
+                    self._failed(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self.ranks}")
+            finally:
+                future.set_result(x)
+
+        worth = WORTH * (self.world - 1)
+        if not prepared.merges or plan.sent >= worth:
+            self.close_batch()  # in the order in which they were begun, which is the same on all ranks
+            runner.exchange(prepared.begin(link, x, residual), done)
+            return future
+        if self._batch is not None and self._batch.device != x.device:
+            self.close_batch()
+        if self._batch is None:
+            self._batch = Batch(link, x.device, plan.number, self._merged)
+        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), plan.sent, done))
+        if self._batch.sent >= worth:
+            self.close_batch()
+        return future
+
+    def close_batch(self) -> None:
+        """Sends the small exchanges that wait."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            self._on(batch.device)[1].exchange(batch.phases(), batch.done)
+
+    def drop_batch(self) -> None:
+        """Forgets what waits and will not be sent."""
+        self._batch = None
+
+    def free(self) -> None:
+        """Frees the buffers of batches, which are made anew."""
+        self._merged = {}
+
+    def _on(self, device: torch.device) -> tuple[Link, Runner]:
+        if device not in self._links:
+            group = self.control if device.type == "cpu" else self.group  # a default group may serve both, by name of neither
+            self._links[device] = link_for(device, group, lambda error: self._failed(error, "writing a message")), Runner(device)
+        return self._links[device]
+
+    def clocks(self) -> dict[str, float]:
+        """Seconds of encode, comm and decode since reset_clocks."""
+        return {name: sum(runner.clock[name] for _, runner in self._links.values()) for name in ("encode", "comm", "decode")}
+
+    def reset_clocks(self) -> None:
+        for _, runner in self._links.values():
+            runner.reset_clock()
+
+    def stop(self) -> None:
+        for _, runner in self._links.values():
+            runner.stop()
