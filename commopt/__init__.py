@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from .compressors import Compressor, compressors, parse, register, wire_bytes
-from .hooks import State, attach, hook
+from .hooks import State, attach, average, hook
 from .installation import info
 
-__all__ = ["Compressor", "State", "attach", "compressors", "hook", "info", "parse", "register", "wire_bytes"]
+__all__ = ["Compressor", "State", "attach", "average", "compressors", "hook", "info", "parse", "register", "wire_bytes"]

@@ -1,6 +1,7 @@
 """Where a trainer calls us."""
 
+from .average import average
 from .ddp import attach, hook
 from .state import State
 
-__all__ = ["State", "attach", "hook"]
+__all__ = ["State", "attach", "average", "hook"]
