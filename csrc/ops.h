@@ -94,6 +94,11 @@ struct QuantDecodeSum {
   int bits, block;
 };
 
+struct QuantResum {  // the sum of messages, encoded again
+  QuantDecodeSum from;  // has no out
+  QuantEncode to;       // has no x
+};
+
 struct TernaryEncode {
   Input in;
   uint8_t* codes;  // [ceil(n / block) * m], m = block / 5: byte j of a block holds its elements j + i m as the sum of 3^i (q + 1)

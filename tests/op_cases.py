@@ -137,6 +137,8 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
     out = torch.zeros(n, dtype=dtype, device=device)
     getattr(kernels, f"{op}_decode_sum")(out, 1 / rows, *fields.values(), *extra)
     results |= fields | {"out": out}
+    if op == "quant":
+        results |= _resummed(kernels, n, fields, results["residual"][0] if residual else None, scale, bits, options["block"], options["stochastic"])
     if op == "topk" and hasattr(kernels, "eliasfano_pack"):  # csrc/cuda has none
         results |= _coded(kernels, n, fields["index"][0], fields["starts"][0])
     if op == "topk" and residual:
@@ -147,6 +149,15 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         results["returned"] = results["residual"][0].clone()
         kernels.blocktopk_add(results["returned"], scale, *(f[0] for f in fields.values()), k)
     return results
+
+
+def _resummed(kernels, n: int, rows: dict[str, torch.Tensor], residual, scale: torch.Tensor, *how) -> dict[str, torch.Tensor]:
+    """The message of the rows' sum."""
+    fields = message_rows(1, {name: (field.shape[1], field.dtype) for name, field in rows.items()}, scale.device)
+    fields = {name: field[0] for name, field in fields.items()}
+    kept = None if residual is None else residual.clone()
+    kernels.quant_resum(n, *rows.values(), kept, scale, *fields.values(), *how, (3, 2**32 - 1, 5))
+    return {f"{name} of the sum": field for name, field in fields.items()} | ({} if kept is None else {"kept of the sum": kept})
 
 
 def _coded(kernels, n: int, index: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -15,7 +15,8 @@ TILE = 65536
 
 def good(op: str) -> dict:
     """Arguments that `op` takes, by name."""
-    given = {"x": torch.randn(N), "residual": torch.zeros(N), "loss_scale": torch.ones(1)}
+    given_kept = {"residual": torch.zeros(N), "loss_scale": torch.ones(1)}
+    given = {"x": torch.randn(N)} | given_kept
     taken = {"out": torch.zeros(N), "weight": 0.5}
     lists = {"values": (K, torch.float32), "index": (K, torch.int16), "starts": (1, torch.int64)}
     fields = {
@@ -32,6 +33,8 @@ def good(op: str) -> dict:
     message = message_rows(2, fields, "cpu")
     extra = {"half": {"block": 256}, "quant": {"bits": 8, "block": 256}, "ternary": {"block": 320}, "sign": {"block": 1024}}.get(op.split("_")[0], {})
     row = {name: field[0] for name, field in message.items()}
+    if op == "quant_resum":
+        return {"n": N} | {f"row_{name}": field for name, field in message.items()} | given_kept | row | extra | {"stochastic": True, "draw": (1, 2, 3)}
     if op.endswith("decode_sum"):
         return taken | message | extra
     if op == "hadamard_decode":
@@ -48,7 +51,7 @@ def good(op: str) -> dict:
     return given | row | extra
 
 
-OPS = ("dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum",
+OPS = ("dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum", "quant_resum",
        "ternary_encode", "ternary_decode_sum", "sign_encode", "sign_decode_sum", "hadamard_encode", "hadamard_keep", "hadamard_decode",
        "topk_encode", "topk_decode_sum", "threshold_encode", "sparse_add")
 TENSORS = [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, torch.Tensor)]
@@ -121,6 +124,10 @@ def test_rows_at_different_distances():
     arguments["scales"] = torch.zeros(2, 4)
     with pytest.raises(ValueError, match="half_decode_sum: the rows of scales must lie"):
         cpu.half_decode_sum(*arguments.values())
+    arguments = good("quant_resum")
+    arguments["row_scales"] = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="quant_resum: the rows of row_scales must lie"):
+        cpu.quant_resum(*arguments.values())
 
 
 # --- hostile messages ---

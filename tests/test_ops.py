@@ -87,7 +87,7 @@ def test_rows(op, rows):
         same(op, 1000, "heavy", torch.float32, rows=rows, **options)
 
 
-@pytest.mark.parametrize("block", (8, 24, 200, 2048))
+@pytest.mark.parametrize("block", (8, 24, 200, 2048, 65536))
 def test_any_multiple_of_eight_is_a_block(block):
     for n in (1, 7, 199, 4096, 70_001):
         for bits, stochastic in itertools.product((8, 4, 2), (False, True)):

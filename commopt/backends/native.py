@@ -56,16 +56,21 @@ class Checker:
 
     def input(self, x, residual, loss_scale) -> tuple:
         address = self.tensor("x", x, GRADIENT, (None,))
-        n = x.numel()
+        return address, GRADIENT[x.dtype], *self.kept(residual, loss_scale, x.numel()), x.numel()
+
+    def kept(self, residual, loss_scale, n: int) -> tuple:
         kept = (0 if self.addresses else None) if residual is None else self.tensor("residual", residual, torch.float32, (n,))
-        return address, GRADIENT[x.dtype], kept, self.tensor("loss_scale", loss_scale, torch.float32, (1,)), n
+        return kept, self.tensor("loss_scale", loss_scale, torch.float32, (1,))
 
     def output(self, out, weight: float, first: Tensor) -> tuple:
         address = self.tensor("out", out, GRADIENT, (None,))
+        return address, GRADIENT[out.dtype], float(weight), out.numel(), *self.rows(first)
+
+    def rows(self, first: Tensor) -> tuple[int, int]:
+        """How many messages there are, by their first field, and how many bytes they lie apart."""
         if not isinstance(first, Tensor) or first.dim() != 2 or first.shape[0] < 1:
             raise ValueError(f"{self.op}: a field must be [rows, count] with at least one row, got {_got(first)}")
-        stride = first.stride(0) * first.element_size()
-        return address, GRADIENT[out.dtype], float(weight), out.numel(), first.shape[0], stride
+        return first.shape[0], first.stride(0) * first.element_size()
 
     def field(self, name: str, t, dtype, rows: int, count: int | None, stride: int) -> int:
         address = self.tensor(name, t, dtype, (rows, count))
@@ -193,6 +198,16 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         q = c.field("codes", codes, _CODES[bits], given[4], code_count(out.numel(), bits), given[5])
         s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
         module.quant_decode_sum(*given, q, s, bits, block, where(out.device))
+
+    def quant_resum(n, row_codes, row_scales, residual, loss_scale, codes, scales, bits, block, stochastic, draw) -> None:
+        c = checker("quant_resum")
+        rows, stride = c.rows(row_codes)
+        count, blocks = code_count(n, bits), -(-n // block)
+        given = c.field("row_codes", row_codes, _CODES[bits], rows, count, stride), c.field("row_scales", row_scales, torch.float32, rows, blocks, stride)
+        kept = c.kept(residual, loss_scale, n)
+        q = c.tensor("codes", codes, _CODES[bits], (count,))
+        s = c.tensor("scales", scales, torch.float32, (blocks,))
+        module.quant_resum(n, rows, stride, *given, *kept, q, s, bits, block, stochastic, *draw, where(codes.device))
 
     def ternary_encode(x, residual, loss_scale, codes, scales, block, stochastic, draw) -> None:
         c = checker("ternary_encode")

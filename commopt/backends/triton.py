@@ -98,6 +98,18 @@ def quant_decode_sum(out, _, weight, n, rows, stride, codes, scales, bits, block
     _launch(device, quant.quant_decode_sum, programs, out, weight, codes, scales, rows, *strides, n, BITS=bits, **tiling)
 
 
+def quant_resum(
+    n, rows, stride, row_codes, row_scales, residual, loss_scale, codes, scales, bits, block, stochastic, seed, step, stream, device
+):
+    programs, tiling = _tiling("quant_resum", n, block)
+    strides = row_codes.stride(0), row_scales.stride(0)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    _launch(
+        device, quant.quant_resum, programs, row_codes, row_scales, rows, *strides, residual, loss_scale, codes, scales, *draw, n,
+        BITS=bits, STOCHASTIC=bool(stochastic), **tiling,
+    )
+
+
 def _ternary_tiling(n: int, block: int) -> tuple[int, dict[str, int]]:
     """As _tiling: five pieces to a block."""
     width = block // 5

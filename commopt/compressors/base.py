@@ -86,7 +86,7 @@ class Compressor:
 
     def resum(self, kernels: Any, total: Tensor, residual: Tensor | None, rows: list[Tensor], fields: list[Tensor]) -> None:
         """fields <- C(the sum of the rows + residual), residual <- what that misses; what the owner of a shard does in a
-        two_shot. rows: fields [rows, count]. total: float32 [n], to work in."""
+        two_shot. rows: fields [rows, count]. total: float32 [n], to work in; whoever needs no such place may leave it as it is."""
         self.decode_sum(kernels, total, 1.0, *rows)
         self.resent().encode(kernels, total, residual, *fields)
 

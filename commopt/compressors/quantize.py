@@ -40,6 +40,10 @@ class _Integers(Compressor):
     def decode_sum(self, kernels, out, weight, codes, scales):
         kernels.quant_decode_sum(out, weight, codes, scales, self.bits, self.block)
 
+    def resum(self, kernels, total, residual, rows, fields):
+        stochastic = self.resent().rounding == "stochastic"
+        kernels.quant_resum(total.numel(), *rows, residual, kernels.loss_scale, *fields, self.bits, self.block, stochastic, kernels.draw)
+
 
 @register("int8")
 class Int8(_Integers):

@@ -74,6 +74,13 @@ void run(const QuantEncode& op, int threads) {
 void run(const QuantDecodeSum& op, int threads) {
   split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_decode_sum(op, begin, end); });
 }
+void run(const QuantResum& op, int threads) {
+  struct alignas(64) Line { float values[16]; };
+  split(op.to.in.n, op.to.block, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Line[]> totals(new Line[(size_t)op.to.block / 8]);  // of two blocks, which may be too large for the stack
+    chosen->quant_resum(op, totals[0].values, begin, end);
+  });
+}
 void run(const TernaryEncode& op, int threads) {
   split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->ternary_encode(op, begin, end); });
 }

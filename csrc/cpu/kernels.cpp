@@ -27,7 +27,7 @@ namespace commopt::cpu {
 const Table COMMOPT_JOIN(table_, COMMOPT_ISA) = {
     COMMOPT_TEXT(COMMOPT_ISA), dense_encode, dense_decode_sum, half_encode, half_decode_sum,
     absmax, float_encode, float_decode_sum,
-    quant_encode, quant_decode_sum, ternary_encode, ternary_decode_sum, sign_encode, sign_decode_sum,
+    quant_encode, quant_decode_sum, quant_resum, ternary_encode, ternary_decode_sum, sign_encode, sign_decode_sum,
     hadamard_encode, hadamard_keep, hadamard_decode,
     topk_scan, topk_keys, topk_emit, threshold_scan, topk_decode_sum,
     blocktopk_encode, blocktopk_decode_sum, randomk_encode, randomk_decode_sum,

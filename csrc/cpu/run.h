@@ -16,6 +16,7 @@ void run(const FloatEncode&, int threads);
 void run(const FloatDecodeSum&, int threads);
 void run(const QuantEncode&, int threads);
 void run(const QuantDecodeSum&, int threads);
+void run(const QuantResum&, int threads);
 void run(const TernaryEncode&, int threads);
 void run(const TernaryDecodeSum&, int threads);
 void run(const SignEncode&, int threads);

@@ -73,6 +73,7 @@ struct Table {
   void (*float_decode_sum)(const FloatDecodeSum&, int64_t begin, int64_t end);
   void (*quant_encode)(const QuantEncode&, int64_t begin, int64_t end);
   void (*quant_decode_sum)(const QuantDecodeSum&, int64_t begin, int64_t end);
+  void (*quant_resum)(const QuantResum&, float* totals, int64_t begin, int64_t end);  // totals: scratch [2 block]
   void (*ternary_encode)(const TernaryEncode&, int64_t begin, int64_t end);
   void (*ternary_decode_sum)(const TernaryDecodeSum&, int64_t begin, int64_t end);
   void (*sign_encode)(const SignEncode&, int64_t begin, int64_t end);

@@ -15,6 +15,7 @@ void run(const FloatEncode&, cudaStream_t);
 void run(const FloatDecodeSum&, cudaStream_t);
 void run(const QuantEncode&, cudaStream_t);
 void run(const QuantDecodeSum&, cudaStream_t);
+void run(const QuantResum&, cudaStream_t);
 void run(const TernaryEncode&, cudaStream_t);
 void run(const TernaryDecodeSum&, cudaStream_t);
 void run(const SignEncode&, cudaStream_t);

@@ -73,7 +73,11 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     for (int bits : {8, 4, 2}) {
       Field<uint8_t> codes(ceil_div(n * bits, 8), stride);
       cuda::run(QuantEncode{g.input(), codes.row(1), scales.row(1), bits, block, bits == 4, 1, 2, 3}, nullptr);
-      cuda::run(QuantDecodeSum{g.output(stride), codes.row(), scales.row(), bits, block}, nullptr);
+      QuantDecodeSum sum{g.output(stride), codes.row(), scales.row(), bits, block};
+      cuda::run(sum, nullptr);
+      Field<float> resent(blocks, stride);
+      Field<uint8_t> recoded(ceil_div(n * bits, 8), stride);
+      cuda::run(QuantResum{sum, {g.input(), recoded.row(1), resent.row(1), bits, block, bits == 4, 1, 2, 3}}, nullptr);
     }
   }
   for (int block : {40, 320}) {

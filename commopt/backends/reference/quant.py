@@ -70,3 +70,15 @@ def quant_decode_sum(out: Tensor, weight: float, codes: Tensor, scales: Tensor, 
         return q.to(torch.float32) * spread(s, block, n)
 
     sum_rows(out, weight, map(row, codes, scales))
+
+
+def quant_resum(
+    n: int, row_codes: Tensor, row_scales: Tensor, residual: Tensor | None, loss_scale: Tensor, codes: Tensor, scales: Tensor,
+    bits: int, block: int, stochastic: bool, draw: tuple[int, int, int],
+) -> None:
+    """The sum of messages of n elements, encoded again as quant_encode does: what the owner of a shard does with it in a
+    two_shot. row_codes, row_scales: as in quant_decode_sum. The other arguments: as in quant_encode, of which the sum,
+    float32 [n], is the x. Elsewhere than here that sum is nowhere in memory."""
+    total = torch.empty(n, dtype=torch.float32, device=codes.device)
+    quant_decode_sum(total, 1.0, row_codes, row_scales, bits, block)
+    quant_encode(total, residual, loss_scale, codes, scales, bits, block, stochastic, draw)
