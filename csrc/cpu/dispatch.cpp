@@ -81,6 +81,17 @@ void run(const QuantResum& op, int threads) {
     chosen->quant_resum(op, totals[0].values, begin, end);
   });
 }
+void run(const QuantAbsMax& op, int threads) {
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_absmax(op, begin, end); });
+}
+void run(const QuantEncodeShared& op, int threads) {
+  const int64_t used = (op.in.n * op.width + 7) / 8;
+  std::fill(op.codes + used, op.codes + op.nbytes, uint8_t{0});
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_encode_shared(op, begin, end); });
+}
+void run(const QuantDecodeShared& op, int threads) {
+  split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_decode_shared(op, begin, end); });
+}
 void run(const TernaryEncode& op, int threads) {
   split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->ternary_encode(op, begin, end); });
 }
@@ -92,6 +103,9 @@ void run(const SignEncode& op, int threads) {
 }
 void run(const SignDecodeSum& op, int threads) {
   split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->sign_decode_sum(op, begin, end); });
+}
+void run(const SignVote& op, int threads) {
+  split(op.from.out.n, op.from.block, threads, [&](int64_t begin, int64_t end) { chosen->sign_vote(op, begin, end); });
 }
 void run(const HadamardEncode& op, int threads) {
   split(op.in.n, kStretch, threads, [&](int64_t begin, int64_t end) { chosen->hadamard_encode(op, begin, end); });

@@ -173,12 +173,17 @@ CODEC void encode_block(const QuantEncode& op, const Drawer& draw, const typenam
   }
   for (int64_t at = first; at < stop; at += kDrawn) {
     const int64_t count = least(kDrawn, stop - at);
-    alignas(64) uint8_t unpacked[kDrawn + 64];
-    uint8_t* q = kBits == 8 ? op.codes + at : unpacked;
-    quantize_run<X, kResidual, kStochastic, steps != levels>(x + (at - first), op.in.residual + at, draw, shared, levels, zero, scale, unscale, at, count, q);
-    if (kBits == 8) continue;
-    for (int i = 0; i < per_byte - 1; ++i) unpacked[count + i] = zero;  // fills up the last byte
-    pack<kBits>(unpacked, (count + per_byte - 1) / per_byte, op.codes + at / per_byte);
+    auto quantize = [&](uint8_t* q) __attribute__((always_inline)) {
+      quantize_run<X, kResidual, kStochastic, steps != levels>(x + (at - first), op.in.residual + at, draw, shared, levels, zero, scale, unscale, at, count, q);
+    };
+    if (kBits == 8) {
+      quantize(op.codes + at);
+      continue;
+    }
+    alignas(64) uint8_t q[kDrawn + 64];
+    quantize(q);
+    for (int i = 0; i < per_byte - 1; ++i) q[count + i] = zero;  // fills up the last byte
+    pack<kBits>(q, (count + per_byte - 1) / per_byte, op.codes + at / per_byte);
   }
 }
 
