@@ -95,8 +95,7 @@ class Run:
     def resum(self, rows: int) -> None:
         """What the owner of a shard does in a two_shot: the sum of the rows, as a message."""
         t = self.tensors
-        t.compressor.decode_sum(self.kernels, t.total, 1.0, *t.layout.views(t.rows[:rows]))
-        t.compressor.resent().encode(self.kernels, t.total, None, *t.layout.views(t.resent))
+        t.compressor.resum(self.kernels, t.total, None, t.layout.views(t.rows[:rows]), t.layout.views(t.resent))
 
     def __call__(self, what: What, turn: int) -> None:
         if what.action in ("decode", "resum"):

@@ -51,6 +51,24 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
   m.def("quant_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr codes, ptr scales, int bits, int block, int64_t where) {
     run(QuantDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint8_t>(codes), at<float>(scales), bits, block}, where);
   }, Free());
+  m.def("quant_resum", [=](int64_t n, int64_t rows, int64_t stride, ptr row_codes, ptr row_scales, ptr residual, ptr loss_scale, ptr codes, ptr scales, int bits,
+                           int block, bool stochastic, uint64_t seed, uint32_t step, uint32_t stream, int64_t where) {
+    run(QuantResum{{{nullptr, kFloat32, 1.0f, n, rows, stride}, at<uint8_t>(row_codes), at<float>(row_scales), bits, block},
+                   {{nullptr, kFloat32, at<float>(residual), at<float>(loss_scale), n}, at<uint8_t>(codes), at<float>(scales), bits, block,
+                    stochastic, seed, step, stream}}, where);
+  }, Free());
+  m.def("quant_absmax", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr absmax, int block, int64_t where) {
+    run(QuantAbsMax{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint32_t>(absmax), block}, where);
+  }, Free());
+  m.def("quant_encode_shared", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr absmax, ptr codes, int64_t nbytes, int levels, int width,
+                                   int block, bool stochastic, uint64_t seed, uint32_t step, uint32_t stream, int64_t where) {
+    run(QuantEncodeShared{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint32_t>(absmax), at<uint8_t>(codes), nbytes,
+                          levels, width, block, stochastic, seed, step, stream}, where);
+  }, Free());
+  m.def("quant_decode_shared", [=](ptr out, int dtype, float weight, int64_t n, ptr codes, ptr absmax, int64_t rows, int levels, int width, int block,
+                                   bool stochastic, int64_t where) {
+    run(QuantDecodeShared{{at<void>(out), dtype, weight, n, rows, 0}, at<uint8_t>(codes), at<uint32_t>(absmax), levels, width, block, stochastic}, where);
+  }, Free());
   m.def("ternary_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr codes, ptr scales, int block, bool stochastic,
                               uint64_t seed, uint32_t step, uint32_t stream, int64_t where) {
     run(TernaryEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<uint8_t>(codes), at<float>(scales), block,
@@ -64,6 +82,9 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
   }, Free());
   m.def("sign_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, ptr signs, ptr scales, int block, int64_t where) {
     run(SignDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, at<uint8_t>(signs), at<float>(scales), block}, where);
+  }, Free());
+  m.def("sign_vote", [=](int64_t n, int64_t rows, int64_t stride, ptr row_signs, ptr row_scales, ptr signs, ptr scales, int block, int64_t where) {
+    run(SignVote{{{nullptr, kFloat32, 1.0f, n, rows, stride}, at<uint8_t>(row_signs), at<float>(row_scales), block}, at<uint8_t>(signs), at<float>(scales)}, where);
   }, Free());
   m.def("hadamard_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr rotated, int64_t where) {
     run(HadamardEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(rotated)}, where);

@@ -94,6 +94,35 @@ struct QuantDecodeSum {
   int bits, block;
 };
 
+struct QuantResum {  // the sum of messages, encoded again
+  QuantDecodeSum from;  // has no out
+  QuantEncode to;       // has no x
+};
+
+// A scale that all ranks share, and codes that may be added up: commopt/backends/reference/quant_shared.py.
+struct QuantAbsMax {
+  Input in;
+  uint32_t* absmax;  // [ceil(n / block)], bits of the largest magnitudes
+  int block;
+};
+struct QuantEncodeShared {
+  Input in;
+  const uint32_t* absmax;
+  uint8_t* codes;  // [nbytes], q + levels in `width` bits each, the first element lowest; zeros from ceil(n width / 8) on
+  int64_t nbytes;
+  int levels, width, block;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step, stream;
+};
+struct QuantDecodeShared {
+  Output out;  // rows: how many ranks' codes were added, in one row
+  const uint8_t* codes;
+  const uint32_t* absmax;
+  int levels, width, block;
+  bool stochastic;
+};
+
 struct TernaryEncode {
   Input in;
   uint8_t* codes;  // [ceil(n / block) * m], m = block / 5: byte j of a block holds its elements j + i m as the sum of 3^i (q + 1)
@@ -121,6 +150,12 @@ struct SignDecodeSum {
   const uint8_t* signs;
   const float* scales;
   int block;
+};
+
+struct SignVote {  // the signs of the majority and the sum of the scales
+  SignDecodeSum from;  // has no out
+  uint8_t* signs;
+  float* scales;
 };
 
 struct HadamardEncode {  // rotated <- H D acc

@@ -53,7 +53,11 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def accumulate(x, residual, loss_scale, at, inside):
     """acc at these elements, and the residual before this step, which keep() needs again."""
-    acc = widen(tl.load(x + at, mask=inside, other=0.0))
+    return with_residual(widen(tl.load(x + at, mask=inside, other=0.0)), residual, loss_scale, at, inside)
+
+
+@triton.jit
+def with_residual(acc, residual, loss_scale, at, inside):
     kept = acc
     if residual is not None:
         kept = tl.load(residual + at, mask=inside, other=0.0)

@@ -1,10 +1,11 @@
-"""8, 4 or 2 bits a value with a scale per block. Encode reads 8 and writes 4 + BITS / 8 bytes a value, decode the reverse."""
+"""8, 4 or 2 bits a value with a scale per block. Encode reads 8 and writes 4 + BITS / 8 bytes a value, decode the reverse.
+Resum reads BITS / 8 of each row and 4 and writes 4 + BITS / 8; of blocks too large for one piece it reads the rows twice."""
 
 import triton
 import triton.language as tl
 
 from .blocks import block_absmax, block_tile, load_scales, pack, packed_tile, store_scales, unpack
-from .codec import NON_FINITE, accumulate, float_of, keep, narrow, nearest
+from .codec import NON_FINITE, accumulate, float_of, keep, magnitude, narrow, nearest, with_residual
 
 
 @triton.jit
@@ -69,6 +70,20 @@ def rounded(
     return tl.where(q > LEVELS, LEVELS * 1.0, tl.where(q < -LEVELS, -LEVELS * 1.0, q))
 
 
+@triton.jit
+def encode_piece(
+    residual, loss_scale, codes, acc, kept, scale, inverse, usable, seed_low, seed_high, step, stream, n, chunk,
+    BITS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """Writes the codes and the residual of the elements of block_tile."""
+    levels: tl.constexpr = 127 if BITS == 8 else 7 if BITS == 4 else 1
+    at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
+    scaled = tl.where(usable, acc * inverse[:, None], 0.0)
+    q = rounded(scaled, seed_low, seed_high, step, stream, chunk, levels, STOCHASTIC, BLOCK, ROWS, WIDTH)
+    store_codes(codes, q, n, chunk, BITS, BLOCK, ROWS, WIDTH)
+    keep(residual, loss_scale, at, inside, acc - q * scale[:, None], usable, kept)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream"])
 def quant_encode(
     x, residual, loss_scale, codes, scales, seed_low, seed_high, step, stream, n,
@@ -82,13 +97,27 @@ def quant_encode(
     store_scales(scales, scale, finite, n, BLOCK, ROWS)
     usable = finite[:, None]
     for chunk in range(CHUNKS):
-        at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
         if CHUNKS > 1:
+            at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
             acc, kept = accumulate(x, residual, loss_scale, at, inside)
-        scaled = tl.where(usable, acc * inverse[:, None], 0.0)
-        q = rounded(scaled, seed_low, seed_high, step, stream, chunk, levels, STOCHASTIC, BLOCK, ROWS, WIDTH)
-        store_codes(codes, q, n, chunk, BITS, BLOCK, ROWS, WIDTH)
-        keep(residual, loss_scale, at, inside, acc - q * scale[:, None], usable, kept)
+        encode_piece(
+            residual, loss_scale, codes, acc, kept, scale, inverse, usable, seed_low, seed_high, step, stream, n, chunk,
+            BITS, STOCHASTIC, BLOCK, ROWS, WIDTH,
+        )
+
+
+@triton.jit
+def row_sum(
+    codes, scales, rows, code_stride, scale_stride, n, chunk,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """What the rows hold for the elements of block_tile, added in their order."""
+    total = load_codes(codes, n, chunk, BITS, BLOCK, ROWS, WIDTH) * load_scales(scales, n, BLOCK, ROWS)
+    for _ in range(1, rows):
+        codes += code_stride
+        scales += scale_stride
+        total += load_codes(codes, n, chunk, BITS, BLOCK, ROWS, WIDTH) * load_scales(scales, n, BLOCK, ROWS)
+    return total
 
 
 @triton.jit
@@ -97,11 +126,45 @@ def quant_decode_sum(
     BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):
     for chunk in range(CHUNKS):
-        code, scale = codes, scales
-        total = load_codes(code, n, chunk, BITS, BLOCK, ROWS, WIDTH) * load_scales(scale, n, BLOCK, ROWS)
-        for _ in range(1, rows):
-            code += code_stride
-            scale += scale_stride
-            total += load_codes(code, n, chunk, BITS, BLOCK, ROWS, WIDTH) * load_scales(scale, n, BLOCK, ROWS)
+        total = row_sum(codes, scales, rows, code_stride, scale_stride, n, chunk, BITS, BLOCK, ROWS, WIDTH)
         at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
         tl.store(out + at, narrow(total * weight, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def accumulate_rows(
+    codes, scales, rows, code_stride, scale_stride, residual, loss_scale, n, chunk,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """As accumulate, with the sum of the rows for the gradient."""
+    total = row_sum(codes, scales, rows, code_stride, scale_stride, n, chunk, BITS, BLOCK, ROWS, WIDTH)
+    at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
+    return with_residual(tl.where(inside, total, 0.0), residual, loss_scale, at, inside)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "stream"])
+def quant_resum(
+    row_codes, row_scales, rows, code_stride, scale_stride, residual, loss_scale, codes, scales, seed_low, seed_high, step, stream, n,
+    BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):
+    levels: tl.constexpr = 127 if BITS == 8 else 7 if BITS == 4 else 1
+    acc, kept = accumulate_rows(
+        row_codes, row_scales, rows, code_stride, scale_stride, residual, loss_scale, n, 0, BITS, BLOCK, ROWS, WIDTH)
+    absmax = tl.max(magnitude(acc), 1)
+    for chunk in range(1, CHUNKS):
+        acc, kept = accumulate_rows(
+            row_codes, row_scales, rows, code_stride, scale_stride, residual, loss_scale, n, chunk, BITS, BLOCK, ROWS, WIDTH)
+        absmax = tl.maximum(absmax, tl.max(magnitude(acc), 1))
+    finite = absmax < NON_FINITE
+    scale, inverse = scale_of(absmax, finite, levels, STOCHASTIC)
+    store_scales(scales, scale, finite, n, BLOCK, ROWS)
+    usable = finite[:, None]
+    for chunk in range(CHUNKS):
+        if CHUNKS > 1:
+            acc, kept = accumulate_rows(
+                row_codes, row_scales, rows, code_stride, scale_stride, residual, loss_scale, n, chunk, BITS, BLOCK, ROWS, WIDTH)
+        encode_piece(
+            residual, loss_scale, codes, acc, kept, scale, inverse, usable, seed_low, seed_high, step, stream, n, chunk,
+            BITS, STOCHASTIC, BLOCK, ROWS, WIDTH,
+        )

@@ -47,10 +47,45 @@ def sign_encode(
 
 
 @triton.jit
-def signed(signs, scales, n, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def load_signs(signs, n, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     at, inside = packed_tile(n, chunk, 8, BLOCK, ROWS, WIDTH)
+    return unpack(tl.load(signs + at, mask=inside, other=0), 8, ROWS, WIDTH)
+
+
+@triton.jit
+def signed(signs, scales, n, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     scale = load_scales(scales, n, BLOCK, ROWS)
-    return tl.where(unpack(tl.load(signs + at, mask=inside, other=0), 8, ROWS, WIDTH) != 0, -scale, scale)
+    return tl.where(load_signs(signs, n, chunk, BLOCK, ROWS, WIDTH) != 0, -scale, scale)
+
+
+@triton.jit
+def sign_vote(
+    row_signs, row_scales, rows, sign_stride, scale_stride, signs, scales, n,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):
+    scale = row_scales
+    total = load_scales(scale, n, BLOCK, ROWS)
+    usable = magnitude(total) < NON_FINITE
+    for _ in range(1, rows):
+        scale += scale_stride
+        size = load_scales(scale, n, BLOCK, ROWS)
+        usable = usable & (magnitude(size) < NON_FINITE)
+        total += size
+    total = tl.where(magnitude(total) < NON_FINITE, total, float_of(tl.full((ROWS, 1), NON_FINITE - 1, tl.int32)))
+    store_scales(scales, tl.reshape(total, (ROWS,)), tl.reshape(usable, (ROWS,)), n, BLOCK, ROWS)
+    for chunk in range(CHUNKS):
+        sign, scale = row_signs, row_scales
+        ahead = 2 * load_signs(sign, n, chunk, BLOCK, ROWS, WIDTH) - 1
+        sum = signed(sign, scale, n, chunk, BLOCK, ROWS, WIDTH)
+        for _ in range(1, rows):
+            sign += sign_stride
+            scale += scale_stride
+            ahead += 2 * load_signs(sign, n, chunk, BLOCK, ROWS, WIDTH) - 1
+            sum += signed(sign, scale, n, chunk, BLOCK, ROWS, WIDTH)
+        at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
+        negative = inside & usable & ((ahead > 0) | ((ahead == 0) & (sum < 0)))
+        at, inside = packed_tile(n, chunk, 8, BLOCK, ROWS, WIDTH)
+        tl.store(signs + at, pack(negative.to(tl.int32), 8, ROWS, WIDTH), mask=inside)
 
 
 @triton.jit

@@ -113,6 +113,8 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         extra = (options["block"],)
         fields = message_rows(rows, {"signs": (-(-n // 8), torch.uint8), "scales": (-(-n // extra[0]), torch.float32)}, device)
         encode = lambda i, x, r: kernels.sign_encode(x, r, scale, fields["signs"][i], fields["scales"][i], *extra)
+    elif op == "shared":
+        return _run_shared(kernels, n, kind, dtype, rows, residual, scale, device, offset, **options)
     elif op == "hadamard":
         return _run_hadamard(kernels, n, kind, dtype, residual, scale, device, offset)
     elif op == "threshold":
@@ -137,6 +139,12 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
     out = torch.zeros(n, dtype=dtype, device=device)
     getattr(kernels, f"{op}_decode_sum")(out, 1 / rows, *fields.values(), *extra)
     results |= fields | {"out": out}
+    if op == "quant":
+        results |= _resummed(kernels, n, fields, results["residual"][0] if residual else None, scale, bits, options["block"], options["stochastic"])
+    if op == "sign":
+        voted = {name: torch.zeros_like(field[0]) for name, field in fields.items()}
+        kernels.sign_vote(n, *fields.values(), *voted.values(), *extra)
+        results |= {f"{name} of the vote": field for name, field in voted.items()}
     if op == "topk" and hasattr(kernels, "eliasfano_pack"):  # csrc/cuda has none
         results |= _coded(kernels, n, fields["index"][0], fields["starts"][0])
     if op == "topk" and residual:
@@ -147,6 +155,15 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         results["returned"] = results["residual"][0].clone()
         kernels.blocktopk_add(results["returned"], scale, *(f[0] for f in fields.values()), k)
     return results
+
+
+def _resummed(kernels, n: int, rows: dict[str, torch.Tensor], residual, scale: torch.Tensor, *how) -> dict[str, torch.Tensor]:
+    """The message of the rows' sum."""
+    fields = message_rows(1, {name: (field.shape[1], field.dtype) for name, field in rows.items()}, scale.device)
+    fields = {name: field[0] for name, field in fields.items()}
+    kept = None if residual is None else residual.clone()
+    kernels.quant_resum(n, *rows.values(), kept, scale, *fields.values(), *how, (3, 2**32 - 1, 5))
+    return {f"{name} of the sum": field for name, field in fields.items()} | ({} if kept is None else {"kept of the sum": kept})
 
 
 def _coded(kernels, n: int, index: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -181,6 +198,25 @@ def _run_threshold(kernels, n: int, kind: str, dtype: torch.dtype, residual: boo
     return fields | {"control": control} | _encode_each(encode, 3, n, kind, dtype, residual, device, offset)
 
 
+def _run_shared(kernels, n: int, kind: str, dtype: torch.dtype, rows: int, residual: bool, scale: torch.Tensor, device, offset: int,
+                levels: int, block: int, stochastic: bool, width: int = 0):
+    """Codes of several ranks, added up as words of 32 bits. width: 0 is the least that holds the sum."""
+    width = width or next(w for w in (4, 8, 16) if 2 * levels * rows < 2**w)
+    absmax = torch.zeros(rows, -(-n // block), dtype=torch.int32, device=device)
+    words = torch.full((rows, -(-n * width // 32) + offset), -1, dtype=torch.int32, device=device)
+    _encode_each(lambda i, x, r: kernels.quant_absmax(x, r, scale, absmax[i], block), rows, n, kind, dtype, residual, device, offset)
+    largest = absmax.amax(0)
+
+    def encode(i, x, r):
+        codes = words[i].view(torch.uint8)
+        kernels.quant_encode_shared(x, r, scale, largest, codes, levels, width, block, stochastic, (2**40 + 12345, 7, i + 3))
+
+    results = _encode_each(encode, rows, n, kind, dtype, residual, device, offset)
+    out = torch.zeros(n, dtype=dtype, device=device)
+    kernels.quant_decode_shared(out, 1 / rows, words.sum(0, dtype=torch.int32).view(torch.uint8), largest, rows, levels, width, block, stochastic)
+    return results | {"absmax": absmax, "codes": words, "out": out}
+
+
 def _run_hadamard(kernels, n: int, kind: str, dtype: torch.dtype, residual: bool, scale: torch.Tensor, device, offset: int):
     """Rotates, rotates back into a gradient, and keeps what a sender of a coarser value would. Its results are no message, so
     that one NaN is as good as another: all are named out."""
@@ -213,6 +249,9 @@ def variants(op: str, n: int) -> Iterator[dict]:
         yield from ({"block": b, "stochastic": s} for b in (320, 40) for s in (False, True))
     elif op == "sign":
         yield from ({"block": b} for b in (1024, 256, 64))
+    elif op == "shared":
+        yield from ({"levels": q, "block": b, "stochastic": s} for q, b in ((127, 256), (7, 128), (1, 64), (127, 1024)) for s in (False, True))
+        yield {"levels": 1, "block": 256, "stochastic": False, "width": 16}
     elif op == "hadamard":
         yield {}
     elif op == "blocktopk":

@@ -106,14 +106,13 @@ def test_a_wrong_bit_is_not_timed(spec, op, argument, words, capsys, monkeypatch
 
 
 def test_what_only_a_resum_does_is_verified(capsys, monkeypatch):
-    right = cpu.quant_encode
+    right = cpu.quant_resum
 
-    def wrong(x, residual, *args):
-        right(x, residual, *args)
-        if residual is None:
-            args[1][7] += 1
+    def wrong(n, row_codes, row_scales, residual, loss_scale, codes, *args):
+        right(n, row_codes, row_scales, residual, loss_scale, codes, *args)
+        codes[7] += 1
 
-    monkeypatch.setattr(cpu, "quant_encode", wrong)
+    monkeypatch.setattr(cpu, "quant_resum", wrong)
     assert "codes of the resum[7]" in failed(capsys, 1, "--spec", "int4")
 
 

@@ -102,7 +102,7 @@ def test_only_the_cold_start_has_fences(code):
 def test_gradient_and_residual_move_16_bytes_at_a_time(code):
     for (arch, name), kernel in code.items():
         if re.search("encode|select|prepare|keep", name) and "add_to" not in name:
-            assert count(kernel, "LDG.E.128") >= 3, (arch, name)
+            assert count(kernel, "LDG.E.128") >= (2 if "Total" in name else 3), (arch, name)  # which has codes for a gradient
         if re.search("encode|select|keep", name):
             assert count(kernel, "STG.E.128") >= 2, (arch, name)
 

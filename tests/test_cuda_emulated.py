@@ -36,7 +36,7 @@ def compare(kernels, op: str, n: int, kind: str, dtype: torch.dtype, **options) 
 
 
 @pytest.mark.parametrize("n", op_cases.SIZES)
-@pytest.mark.parametrize("op", ["dense", "half", "quant", "ternary", "sign", "hadamard", "topk"])
+@pytest.mark.parametrize("op", ["dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk"])
 def test_bits_of_the_reference(kernels, op, n):
     for i, kind in enumerate(op_cases.VALUES):
         for j, options in enumerate(op_cases.variants(op, n)):
@@ -53,6 +53,7 @@ def test_other_blocks(kernels, block):
         for kind in ("heavy", "nan"):
             compare(kernels, "half", n, kind, torch.float32, block=block, loss_scale=3.0)
             compare(kernels, "sign", n, kind, torch.float32, block=block, loss_scale=3.0)
+            compare(kernels, "shared", n, kind, torch.float32, levels=7, block=block, stochastic=n % 2 == 0, rows=3)
             for bits in (8, 4, 2):
                 compare(kernels, "quant", n, kind, torch.bfloat16, bits=bits, block=block, stochastic=bits == 8, offset=1)
 

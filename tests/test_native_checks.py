@@ -15,7 +15,8 @@ TILE = 65536
 
 def good(op: str) -> dict:
     """Arguments that `op` takes, by name."""
-    given = {"x": torch.randn(N), "residual": torch.zeros(N), "loss_scale": torch.ones(1)}
+    given_kept = {"residual": torch.zeros(N), "loss_scale": torch.ones(1)}
+    given = {"x": torch.randn(N)} | given_kept
     taken = {"out": torch.zeros(N), "weight": 0.5}
     lists = {"values": (K, torch.float32), "index": (K, torch.int16), "starts": (1, torch.int64)}
     fields = {
@@ -32,6 +33,17 @@ def good(op: str) -> dict:
     message = message_rows(2, fields, "cpu")
     extra = {"half": {"block": 256}, "quant": {"bits": 8, "block": 256}, "ternary": {"block": 320}, "sign": {"block": 1024}}.get(op.split("_")[0], {})
     row = {name: field[0] for name, field in message.items()}
+    shared = {"absmax": torch.zeros(4, dtype=torch.int32), "codes": torch.zeros(N, dtype=torch.uint8)}
+    if op == "quant_absmax":
+        return given | {"absmax": shared["absmax"], "block": 256}
+    if op == "quant_encode_shared":
+        return given | shared | {"levels": 7, "width": 8, "block": 256, "stochastic": True, "draw": (1, 2, 3)}
+    if op == "quant_decode_shared":
+        return taken | {"codes": shared["codes"], "absmax": shared["absmax"], "rows": 3, "levels": 7, "width": 8, "block": 256, "stochastic": True}
+    if op == "sign_vote":
+        return {"n": N} | {f"row_{name}": field for name, field in message.items()} | row | extra
+    if op == "quant_resum":
+        return {"n": N} | {f"row_{name}": field for name, field in message.items()} | given_kept | row | extra | {"stochastic": True, "draw": (1, 2, 3)}
     if op.endswith("decode_sum"):
         return taken | message | extra
     if op == "hadamard_decode":
@@ -48,7 +60,8 @@ def good(op: str) -> dict:
     return given | row | extra
 
 
-OPS = ("dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum",
+OPS = ("dense_encode", "dense_decode_sum", "half_encode", "half_decode_sum", "quant_encode", "quant_decode_sum", "quant_resum",
+       "quant_absmax", "quant_encode_shared", "quant_decode_shared", "sign_vote",
        "ternary_encode", "ternary_decode_sum", "sign_encode", "sign_decode_sum", "hadamard_encode", "hadamard_keep", "hadamard_decode",
        "topk_encode", "topk_decode_sum", "threshold_encode", "sparse_add")
 TENSORS = [(op, name) for op in OPS for name, value in good(op).items() if isinstance(value, torch.Tensor)]
@@ -83,6 +96,8 @@ def test_a_bad_tensor_is_named(op, name, spoiler):
     spoiled = SPOILERS[spoiler](arguments[name])
     if spoiler == "strided" and spoiled.shape[-1] <= 1:
         pytest.skip("one element is contiguous")
+    if spoiler == "count" and op.endswith("_shared") and name == "codes":
+        pytest.skip("there may be bytes behind the codes")
     arguments[name] = spoiled
     with pytest.raises(ValueError, match=f"^{op}: ") as raised:
         getattr(cpu, op)(*arguments.values())
@@ -116,11 +131,32 @@ def test_hadamard_keep_needs_a_residual():
         cpu.hadamard_keep(*(good("hadamard_keep") | {"residual": None}).values())
 
 
+@pytest.mark.parametrize("changed, message", [
+    ({"codes": torch.zeros(N + 2, dtype=torch.uint8)}, "codes must be a multiple of 4 bytes and at least 1000, got 1002"),
+    ({"codes": torch.zeros(N - 4, dtype=torch.uint8)}, "codes must be a multiple of 4 bytes and at least 1000, got 996"),
+    ({"width": 12}, "width must be 4, 8 or 16 bits that hold 2 \\* levels \\* rows = [0-9]+, got 12"),
+    ({"levels": 128}, "levels from 1 to 127, got [13] and 128"), ({"levels": 0}, "levels from 1 to 127, got [13] and 0"),
+])
+def test_codes_that_cannot_be_added(changed, message):
+    for op in ("quant_encode_shared", "quant_decode_shared"):
+        with pytest.raises(ValueError, match=f"{op}: .*{message}"):
+            getattr(cpu, op)(*(good(op) | changed).values())
+    for rows, levels, width in ((1, 8, 4), (2, 127, 8), (259, 127, 16)):
+        with pytest.raises(ValueError, match=f"quant_decode_shared: width must be .* = {2 * rows * levels}, got {width}"):
+            cpu.quant_decode_shared(*(good("quant_decode_shared") | {"codes": torch.zeros(2 * N, dtype=torch.uint8), "rows": rows, "levels": levels, "width": width}).values())
+    with pytest.raises(ValueError, match="quant_decode_shared: rows must be at least 1"):
+        cpu.quant_decode_shared(*(good("quant_decode_shared") | {"rows": 0}).values())
+
+
 def test_rows_at_different_distances():
     arguments = good("half_decode_sum")
     arguments["scales"] = torch.zeros(2, 4)
     with pytest.raises(ValueError, match="half_decode_sum: the rows of scales must lie"):
         cpu.half_decode_sum(*arguments.values())
+    arguments = good("quant_resum")
+    arguments["row_scales"] = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="quant_resum: the rows of row_scales must lie"):
+        cpu.quant_resum(*arguments.values())
 
 
 # --- hostile messages ---
@@ -201,7 +237,34 @@ def test_hostile_values(op, isa):
                 buffer, out = guarded(n, torch.float32)
                 getattr(backend, f"{op.strip('2')}_decode_sum")(out, -0.3, *fields.values(), *extra)
                 buffers.append({"out": buffer})
+                resent = [field[0].clone() for field in fields.values()]
+                if op == "sign":
+                    backend.sign_vote(n, *fields.values(), *resent, *extra)
+                if op.startswith("quant"):
+                    backend.quant_resum(n, *fields.values(), None, torch.ones(1), *resent, *extra, False, (1, 2, 3))
+                buffers[-1] |= {f"{name} again": field for name, field in zip(fields, resent)}
             wrong = difference(*buffers)
             assert not wrong, f"n={n} {dtype} {bits}: {wrong}"
+    finally:
+        _C.cpu.use_isa(before)
+
+
+@pytest.mark.parametrize("isa", _C.cpu.isas())
+@pytest.mark.parametrize("width", (4, 8, 16))
+def test_hostile_codes_with_a_shared_scale(width, isa):
+    before = _C.cpu.isa()
+    try:
+        _C.cpu.use_isa(isa)
+        for n in (1, 255, 1001, 70_001):
+            g = torch.Generator().manual_seed(n)
+            codes, absmax = hostile(torch.uint8, 1, -(-n * width // 32) * 4, g)[0], hostile(torch.int32, 1, -(-n // 64), g)[0]
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                buffers = []
+                for backend in (reference, cpu):
+                    buffer, out = guarded(n, dtype)
+                    backend.quant_decode_shared(out, -0.3, codes, absmax, 3, 1, width, 64, False)
+                    buffers.append({"out": buffer})
+                wrong = difference(*buffers)
+                assert not wrong, f"n={n} {dtype}: {wrong}"
     finally:
         _C.cpu.use_isa(before)

@@ -15,7 +15,7 @@ _C = pytest.importorskip("commopt._C", reason="the native kernels are not built"
 from commopt.backends import cpu, reference  # noqa: E402
 
 ISAS = _C.cpu.isas()
-OPS = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk", "threshold", "blocktopk", "randomk")
+OPS = ("dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold", "blocktopk", "randomk")
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +87,12 @@ def test_rows(op, rows):
         same(op, 1000, "heavy", torch.float32, rows=rows, **options)
 
 
-@pytest.mark.parametrize("block", (8, 24, 200, 2048))
+@pytest.mark.parametrize("block", (8, 24, 200, 2048, 65536))
 def test_any_multiple_of_eight_is_a_block(block):
     for n in (1, 7, 199, 4096, 70_001):
         for bits, stochastic in itertools.product((8, 4, 2), (False, True)):
             same("quant", n, "heavy", torch.float32, threads=(1, 3), bits=bits, block=block, stochastic=stochastic)
+        same("shared", n, "heavy", torch.float32, threads=(1, 3), levels=7, block=block, stochastic=n % 2 == 0)
         same("sign", n, "heavy", torch.float32, threads=(1, 3), block=block)
         same("half", n, "heavy", torch.float32, threads=(1, 3), block=block)
 

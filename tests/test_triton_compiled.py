@@ -92,6 +92,8 @@ else:
         op_cases.run(ops, "quant", n, "normal", torch.bfloat16, bits=8, block=256, stochastic=False)
         op_cases.run(ops, "quant", n, "normal", torch.float32, bits=4, block=128, stochastic=True)
         op_cases.run(ops, "quant", n, "normal", torch.float32, bits=2, block=64, stochastic=False)
+        op_cases.run(ops, "shared", n, "normal", torch.bfloat16, levels=127, block=256, stochastic=False)
+        op_cases.run(ops, "shared", n, "normal", torch.float32, levels=1, block=128, stochastic=True)
         op_cases.run(ops, "ternary", n, "normal", torch.float32, block=320, stochastic=True)
         op_cases.run(ops, "sign", n, "normal", torch.bfloat16, block=1024)
         op_cases.run(ops, "hadamard", n, "normal", torch.float32)
@@ -108,6 +110,7 @@ else:
         for op, options in [
             ("dense", {"values": torch.float32}), ("half", {"block": 8}), ("quant", {"bits": 4, "block": 24, "stochastic": False}),
             ("quant", {"bits": 8, "block": 5000, "stochastic": True}), ("ternary", {"block": 1280, "stochastic": False}),
+            ("shared", {"levels": 7, "block": 5000, "stochastic": False}),
             ("sign", {"block": 24}), ("hadamard", {}),
         ]:
             op_cases.run(ops, op, 5003, "normal", torch.float16, residual=False, offset=1, rows=1, **options)
@@ -118,7 +121,7 @@ else:
 
     def test_every_kernel_is_compiled_here(monkeypatch):
         launched = {kernel.__name__ for kernel, _, _ in recorded(every_kernel, monkeypatch)}
-        families = ("dense", "half", "quant", "ternary", "sign", "hadamard", "topk", "threshold", "bits", "eliasfano", "blocktopk", "randomk")
+        families = ("dense", "half", "quant", "quant_shared", "ternary", "sign", "hadamard", "topk", "threshold", "bits", "eliasfano", "blocktopk", "randomk")
         methods = [getattr(kernels, name) for name in families]
         defined = {name for m in methods for name in vars(m) if re.fullmatch(rf"({'|'.join(families)}|sparse)_\w+", name)} - {"bits_of"}
         assert launched == defined

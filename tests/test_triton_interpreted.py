@@ -44,7 +44,7 @@ else:
         }
 
     @pytest.mark.parametrize("n", [n for n in op_cases.SIZES if n not in (255, 256, 4096)])
-    @pytest.mark.parametrize("op, at_once", [("dense", 1), ("half", 1), ("quant", 2), ("ternary", 1), ("sign", 1), ("hadamard", 1),
+    @pytest.mark.parametrize("op, at_once", [("dense", 1), ("half", 1), ("quant", 2), ("shared", 1), ("ternary", 1), ("sign", 1), ("hadamard", 1),
                                              ("topk", 1), ("threshold", 1), ("blocktopk", 1), ("randomk", 1)])
     def test_sizes_and_values(op, at_once, n):
         options = itertools.cycle(op_cases.variants(op, n))
@@ -63,6 +63,8 @@ else:
         ("quant", 65537, "heavy", {"bits": 8, "block": 256, "stochastic": True}),
         ("quant", 65535, "normal", {"bits": 4, "block": 128, "stochastic": True}),
         ("quant", 65537, "heavy", {"bits": 2, "block": 64, "stochastic": True}),
+        ("shared", 65537, "heavy", {"levels": 127, "block": 256, "stochastic": True}),
+        ("shared", 65535, "normal", {"levels": 1, "block": 64, "stochastic": False}),
         ("ternary", 65537, "heavy", {"block": 320, "stochastic": True}),
         ("sign", 65535, "heavy", {"block": 1024}),
         ("hadamard", 65535, "heavy", {}),
@@ -82,6 +84,7 @@ else:
     def test_any_block(block, n):
         compare("half", n, "heavy", torch.float32, block=block)
         compare("sign", n, "heavy", torch.bfloat16, block=block)
+        compare("shared", n, "heavy", torch.bfloat16, levels=7, block=block, stochastic=n % 2 == 0, rows=1 + block % 3)
         for bits, stochastic in [(8, False), (4, True), (2, False)]:
             compare("quant", n, "heavy", torch.bfloat16, bits=bits, block=block, stochastic=stochastic)
 

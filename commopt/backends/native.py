@@ -56,16 +56,21 @@ class Checker:
 
     def input(self, x, residual, loss_scale) -> tuple:
         address = self.tensor("x", x, GRADIENT, (None,))
-        n = x.numel()
+        return address, GRADIENT[x.dtype], *self.kept(residual, loss_scale, x.numel()), x.numel()
+
+    def kept(self, residual, loss_scale, n: int) -> tuple:
         kept = (0 if self.addresses else None) if residual is None else self.tensor("residual", residual, torch.float32, (n,))
-        return address, GRADIENT[x.dtype], kept, self.tensor("loss_scale", loss_scale, torch.float32, (1,)), n
+        return kept, self.tensor("loss_scale", loss_scale, torch.float32, (1,))
 
     def output(self, out, weight: float, first: Tensor) -> tuple:
         address = self.tensor("out", out, GRADIENT, (None,))
+        return address, GRADIENT[out.dtype], float(weight), out.numel(), *self.rows(first)
+
+    def rows(self, first: Tensor) -> tuple[int, int]:
+        """How many messages there are, by their first field, and how many bytes they lie apart."""
         if not isinstance(first, Tensor) or first.dim() != 2 or first.shape[0] < 1:
             raise ValueError(f"{self.op}: a field must be [rows, count] with at least one row, got {_got(first)}")
-        stride = first.stride(0) * first.element_size()
-        return address, GRADIENT[out.dtype], float(weight), out.numel(), first.shape[0], stride
+        return first.shape[0], first.stride(0) * first.element_size()
 
     def field(self, name: str, t, dtype, rows: int, count: int | None, stride: int) -> int:
         address = self.tensor(name, t, dtype, (rows, count))
@@ -80,6 +85,19 @@ def code_count(n: int, bits: int) -> int:
 
 
 _CODES = {8: torch.int8, 4: torch.uint8, 2: torch.uint8}
+
+
+def summed(c: Checker, n: int, absmax, codes, rows: int, levels: int, width: int, block: int) -> tuple:
+    """The shared measures and the codes of n elements, of which `rows` ranks' can be added up."""
+    if not (rows >= 1 and 1 <= levels <= 127):
+        raise ValueError(f"{c.op}: rows must be at least 1 and levels from 1 to 127, got {rows} and {levels}")
+    if width not in (4, 8, 16) or 2 * levels * rows >= 2**width:
+        raise ValueError(f"{c.op}: width must be 4, 8 or 16 bits that hold 2 * levels * rows = {2 * levels * rows}, got {width}")
+    a = c.tensor("absmax", absmax, torch.int32, (-(-n // block),))
+    q = c.tensor("codes", codes, torch.uint8, (None,))
+    if codes.numel() % 4 or codes.numel() < code_count(n, width):
+        raise ValueError(f"{c.op}: codes must be a multiple of 4 bytes and at least {code_count(n, width)}, got {codes.numel()}")
+    return a, q
 
 
 def ternary_blocks(op: str, n: int, block: int) -> int:
@@ -194,6 +212,34 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
         module.quant_decode_sum(*given, q, s, bits, block, where(out.device))
 
+    def quant_resum(n, row_codes, row_scales, residual, loss_scale, codes, scales, bits, block, stochastic, draw) -> None:
+        c = checker("quant_resum")
+        rows, stride = c.rows(row_codes)
+        count, blocks = code_count(n, bits), -(-n // block)
+        given = c.field("row_codes", row_codes, _CODES[bits], rows, count, stride), c.field("row_scales", row_scales, torch.float32, rows, blocks, stride)
+        kept = c.kept(residual, loss_scale, n)
+        q = c.tensor("codes", codes, _CODES[bits], (count,))
+        s = c.tensor("scales", scales, torch.float32, (blocks,))
+        module.quant_resum(n, rows, stride, *given, *kept, q, s, bits, block, stochastic, *draw, where(codes.device))
+
+    def quant_absmax(x, residual, loss_scale, absmax, block) -> None:
+        c = checker("quant_absmax")
+        given = c.input(x, residual, loss_scale)
+        module.quant_absmax(*given, c.tensor("absmax", absmax, torch.int32, (-(-x.numel() // block),)), block, where(x.device))
+
+    def quant_encode_shared(x, residual, loss_scale, absmax, codes, levels, width, block, stochastic, draw) -> None:
+        c = checker("quant_encode_shared")
+        given = c.input(x, residual, loss_scale)
+        a, q = summed(c, x.numel(), absmax, codes, 1, levels, width, block)
+        module.quant_encode_shared(*given, a, q, codes.numel(), levels, width, block, stochastic, *draw, where(x.device))
+
+    def quant_decode_shared(out, weight, codes, absmax, rows, levels, width, block, stochastic) -> None:
+        c = checker("quant_decode_shared")
+        address = c.tensor("out", out, GRADIENT, (None,))
+        a, q = summed(c, out.numel(), absmax, codes, rows, levels, width, block)
+        module.quant_decode_shared(
+            address, GRADIENT[out.dtype], float(weight), out.numel(), q, a, rows, levels, width, block, stochastic, where(out.device))
+
     def ternary_encode(x, residual, loss_scale, codes, scales, block, stochastic, draw) -> None:
         c = checker("ternary_encode")
         given, blocks = c.input(x, residual, loss_scale), ternary_blocks(c.op, x.numel(), block)
@@ -221,6 +267,14 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
         q = c.field("signs", signs, torch.uint8, given[4], -(-out.numel() // 8), given[5])
         s = c.field("scales", scales, torch.float32, given[4], -(-out.numel() // block), given[5])
         module.sign_decode_sum(*given, q, s, block, where(out.device))
+
+    def sign_vote(n, row_signs, row_scales, signs, scales, block) -> None:
+        c = checker("sign_vote")
+        rows, stride = c.rows(row_signs)
+        count, blocks = -(-n // 8), -(-n // block)
+        given = c.field("row_signs", row_signs, torch.uint8, rows, count, stride), c.field("row_scales", row_scales, torch.float32, rows, blocks, stride)
+        voted = c.tensor("signs", signs, torch.uint8, (count,)), c.tensor("scales", scales, torch.float32, (blocks,))
+        module.sign_vote(n, rows, stride, *given, *voted, block, where(signs.device))
 
     def hadamard_encode(x, residual, loss_scale, rotated) -> None:
         c = checker("hadamard_encode")

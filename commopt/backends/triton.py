@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 import triton
 
-from ..kernels import bits, blocktopk, dense, eliasfano, floats, half, hadamard, quant, randomk, sign, ternary, threshold, topk
+from ..kernels import bits, blocktopk, dense, eliasfano, floats, half, hadamard, quant, quant_shared, randomk, sign, ternary, threshold, topk
 from .native import bind
 
 _TILE = 4096  # elements of one program, 16 to a thread
@@ -98,6 +98,47 @@ def quant_decode_sum(out, _, weight, n, rows, stride, codes, scales, bits, block
     _launch(device, quant.quant_decode_sum, programs, out, weight, codes, scales, rows, *strides, n, BITS=bits, **tiling)
 
 
+def quant_resum(
+    n, rows, stride, row_codes, row_scales, residual, loss_scale, codes, scales, bits, block, stochastic, seed, step, stream, device
+):
+    programs, tiling = _tiling("quant_resum", n, block)
+    strides = row_codes.stride(0), row_scales.stride(0)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    _launch(
+        device, quant.quant_resum, programs, row_codes, row_scales, rows, *strides, residual, loss_scale, codes, scales, *draw, n,
+        BITS=bits, STOCHASTIC=bool(stochastic), **tiling,
+    )
+
+
+def quant_absmax(x, _, residual, loss_scale, n, absmax, block, device):
+    programs, tiling = _tiling("quant_absmax", n, block)
+    _launch(device, quant_shared.quant_absmax, programs, x, residual, loss_scale, absmax, n, **tiling)
+
+
+def quant_encode_shared(
+    x, _, residual, loss_scale, n, absmax, codes, nbytes, levels, width, block, stochastic, seed, step, stream, device
+):
+    programs, tiling = _tiling("quant_encode_shared", n, block)
+    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    codes[triton.cdiv(n * width, 8) :].zero_()
+    _launch(
+        device, quant_shared.quant_encode_shared, programs, x, residual, loss_scale, absmax, _wide(codes, width), *draw, n,
+        LEVELS=levels, BITS=width, STOCHASTIC=bool(stochastic), **tiling,
+    )
+
+
+def quant_decode_shared(out, _, weight, n, codes, absmax, rows, levels, width, block, stochastic, device):
+    programs, tiling = _tiling("quant_decode_shared", n, block)
+    _launch(
+        device, quant_shared.quant_decode_shared, programs, out, weight, _wide(codes, width), absmax, rows, n,
+        LEVELS=levels, BITS=width, STOCHASTIC=bool(stochastic), **tiling,
+    )
+
+
+def _wide(codes, width):
+    return codes.view(torch.int16) if width == 16 else codes
+
+
 def _ternary_tiling(n: int, block: int) -> tuple[int, dict[str, int]]:
     """As _tiling: five pieces to a block."""
     width = block // 5
@@ -136,6 +177,12 @@ def sign_decode_sum(out, _, weight, n, rows, stride, signs, scales, block, devic
     programs, tiling = _sign_tiling("sign_decode_sum", n, block)
     strides = signs.stride(0), scales.stride(0)
     _launch(device, sign.sign_decode_sum, programs, out, weight, signs, scales, rows, *strides, n, **tiling)
+
+
+def sign_vote(n, rows, stride, row_signs, row_scales, signs, scales, block, device):
+    programs, tiling = _sign_tiling("sign_vote", n, block)
+    strides = row_signs.stride(0), row_scales.stride(0)
+    _launch(device, sign.sign_vote, programs, row_signs, row_scales, rows, *strides, signs, scales, n, **tiling)
 
 
 _STRETCHES = 16  # of 128 elements, to a program that rotates them

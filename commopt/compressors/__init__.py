@@ -11,6 +11,7 @@ from .nvfp4 import NVFP4
 from .quantize import Int2, Int4, Int8
 from .ternary import Ternary
 from .sign import Sign
+from .vote import Vote
 from .topk import TopK
 from .randomk import RandomK
 from .powersgd import PowerSGD

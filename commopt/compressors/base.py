@@ -23,6 +23,7 @@ class Compressor:
     same with shards of equally many entries) or "rounds" (what is sent depends on a mean that came before: such a method
     has `rounds` and `average` in place of encode and decode_sum). It may be a key of the spec. "auto" leaves it to the number of ranks.
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
+    `loses` is what a biased one without error feedback loses.
     `keeps_zero` is whether a zero without a residual is decoded as zero; where not, the exact parameters inside a part,
     zeros to the compressor, would gather a residual, and the plan clears it.
     `witness` names the field that holds a NaN or an infinity exactly when the gradient did, for `finite` to look at.
@@ -34,6 +35,7 @@ class Compressor:
     name: ClassVar[str]
     collective: ClassVar[str]
     biased: ClassVar[bool] = True
+    loses: ClassVar[str] = "rounding"
     keeps_zero: ClassVar[bool] = True
     witness: ClassVar[str] = "values"
     uses: ClassVar[dict[str, str]] = {}
@@ -86,7 +88,7 @@ class Compressor:
 
     def resum(self, kernels: Any, total: Tensor, residual: Tensor | None, rows: list[Tensor], fields: list[Tensor]) -> None:
         """fields <- C(the sum of the rows + residual), residual <- what that misses; what the owner of a shard does in a
-        two_shot. rows: fields [rows, count]. total: float32 [n], to work in."""
+        two_shot. rows: fields [rows, count]. total: float32 [n], to work in; whoever needs no such place may leave it as it is."""
         self.decode_sum(kernels, total, 1.0, *rows)
         self.resent().encode(kernels, total, residual, *fields)
 
@@ -148,6 +150,6 @@ def overview(n: int = 1 << 24) -> list[dict[str, Any]]:
     for cls in _table.classes.values():
         for spec, when in (vars(cls).get("uses") or {str(cls()): ""}).items():
             compressor = parse(spec)
-            bias = "none" if not compressor.biased else "error feedback" if compressor.ef else "rounding"
+            bias = "none" if not compressor.biased else "error feedback" if compressor.ef else compressor.loses
             rows.append({"spec": spec, "bits": 8 * wire_bytes(spec, n) / n, "bias": bias, "collective": compressor.collective, "when": when})
     return sorted(rows, key=lambda row: -row["bits"])

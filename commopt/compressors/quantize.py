@@ -1,6 +1,7 @@
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from .base import Compressor, check_block, register
 from .rotation import rotatable
@@ -16,14 +17,20 @@ class _Integers(Compressor):
     rounding=stochastic: up with the probability of the fraction; unbiased, |decoded - x| < s. The random numbers are
         those of Philox keyed by (seed, step, stream, index): every backend draws the same.
     A block with an infinity or a NaN travels as a NaN scale, so that all ranks see it.
+
+    collective=two_shot: every rank has scales of its own, and the owner of a shard encodes the sum of what arrives again.
+    collective=integer_sum: s = max |block of any rank| / L, for which the ranks' largest magnitudes travel ahead; then the q are
+        added up as integers of 4, 8 or 16 bits, the fewest that hold the sum of all ranks, and no second encoding loses
+        anything (Mishchenko et al., "IntSGD", ICLR 2022; Li et al., "THC", NSDI 2024). What goes by fields() is the two_shot.
     """
 
     bits: ClassVar[int]
-    collective = "two_shot"
     witness = "scales"
 
     def __post_init__(self):
         check_block(self.block)
+        if self.collective == "integer_sum" and getattr(self, "rotate", "none") != "none":
+            raise ValueError(f"rotate={self.rotate} needs collective=two_shot")
 
     @property
     def biased(self) -> bool:
@@ -40,6 +47,39 @@ class _Integers(Compressor):
     def decode_sum(self, kernels, out, weight, codes, scales):
         kernels.quant_decode_sum(out, weight, codes, scales, self.bits, self.block)
 
+    def resum(self, kernels, total, residual, rows, fields):
+        stochastic = self.resent().rounding == "stochastic"
+        kernels.quant_resum(total.numel(), *rows, residual, kernels.loss_scale, *fields, self.bits, self.block, stochastic, kernels.draw)
+
+    # What an integer_sum does, in this order. absmax: int32 [ceil(n / block)]. codes: uint8 [bytes], a multiple of 4 and at least
+    # ceil(n shared_width(world) / 8).
+
+    @property
+    def levels(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def shared_width(self, world: int) -> int:
+        """The bits of a code that hold the sum of this many ranks' codes."""
+        for width in (4, 8, 16):
+            if 2 * self.levels * world < 2**width:
+                return width
+        raise ValueError(f"{self}: integers of 16 bits hold the sum of {(2**16 - 1) // (2 * self.levels)} ranks at most, not of {world}; "
+                         "use collective=two_shot, or fewer bits")
+
+    def measure(self, kernels: Any, x: Tensor, residual: Tensor | None, absmax: Tensor) -> None:
+        """absmax <- this rank's largest magnitudes. Their maximum over the ranks, as integers, is what the others take."""
+        kernels.quant_absmax(x, residual, kernels.loss_scale, absmax, self.block)
+
+    def encode_shared(self, kernels: Any, x: Tensor, residual: Tensor | None, absmax: Tensor, codes: Tensor, world: int) -> None:
+        """codes <- those of x + residual. Their sum over the ranks, of int32 words, is what decode_shared takes."""
+        kernels.quant_encode_shared(x, residual, kernels.loss_scale, absmax, codes, self.levels, self.shared_width(world), self.block,
+                                    self.rounding == "stochastic", kernels.draw)
+
+    def decode_shared(self, kernels: Any, out: Tensor, weight: float, absmax: Tensor, codes: Tensor, world: int) -> None:
+        """out <- weight * the sum of what the ranks have encoded."""
+        kernels.quant_decode_shared(out, weight, codes, absmax, world, self.levels, self.shared_width(world), self.block,
+                                    self.rounding == "stochastic")
+
 
 @register("int8")
 class Int8(_Integers):
@@ -49,6 +89,7 @@ class Int8(_Integers):
 
     block: int = 256
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    collective: Literal["two_shot", "integer_sum"] = "two_shot"
     ef: bool = False
 
 
@@ -62,6 +103,7 @@ class Int4(_Integers):
     block: int = 128
     rounding: Literal["nearest", "stochastic"] = "nearest"
     rotate: Literal["none", "hadamard"] = "none"
+    collective: Literal["two_shot", "integer_sum"] = "two_shot"
     ef: bool = True
 
 
@@ -81,4 +123,5 @@ class Int2(_Integers):
     block: int = 64
     rounding: Literal["nearest", "stochastic"] = "nearest"
     rotate: Literal["none", "hadamard"] = "none"
+    collective: Literal["two_shot", "integer_sum"] = "two_shot"
     ef: bool = True

@@ -14,7 +14,7 @@ _ROTATE = """
 
 def rotatable(cls: type[Compressor]) -> type[Compressor]:
     """Class decorator: what the key `rotate: Literal["none", "hadamard"]` of a method means."""
-    encode, decode_sum, keeps_zero = cls.encode, cls.decode_sum, cls.keeps_zero
+    encode, decode_sum, resum, keeps_zero = cls.encode, cls.decode_sum, cls.resum, cls.keeps_zero
 
     def encode_rotated(self, kernels, x, residual, *fields):
         if self.rotate == "none":
@@ -33,7 +33,11 @@ def rotatable(cls: type[Compressor]) -> type[Compressor]:
         decode_sum(self, kernels, rotated, 1.0, *fields)  # the rotation of the sum is the sum of the rotations
         kernels.hadamard_decode(out, weight, rotated)
 
-    cls.encode, cls.decode_sum = encode_rotated, decode_rotated
+    def resum_rotated(self, kernels, total, residual, rows, fields):
+        one_by_one = Compressor.resum if self.rotate != "none" else resum  # the residual is that of the values before the rotation
+        one_by_one(self, kernels, total, residual, rows, fields)
+
+    cls.encode, cls.decode_sum, cls.resum = encode_rotated, decode_rotated, resum_rotated
     cls.keeps_zero = property(lambda self: keeps_zero and self.rotate == "none")
     cls.__doc__ = cls.__doc__.rstrip() + "\n" + _ROTATE
     return cls

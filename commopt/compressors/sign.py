@@ -6,9 +6,27 @@ from .base import Compressor, check_block, register
 from .rotation import rotatable
 
 
+class Signs(Compressor):
+    collective = "two_shot"
+    witness = "scales"
+    keeps_zero = False
+
+    def __post_init__(self):
+        check_block(self.block)
+
+    def fields(self, n):
+        return [("signs", torch.uint8, -(-n // 8)), ("scales", torch.float32, -(-n // self.block))]
+
+    def encode(self, kernels, x, residual, signs, scales):
+        kernels.sign_encode(x, residual, kernels.loss_scale, signs, scales, self.block)
+
+    def decode_sum(self, kernels, out, weight, signs, scales):
+        kernels.sign_decode_sum(out, weight, signs, scales, self.block)
+
+
 @register("sign")
 @rotatable
-class Sign(Compressor):
+class Sign(Signs):
     """One bit per value and the mean magnitude of its block (Seide et al., "1-bit stochastic gradient descent", Interspeech
     2014; Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019); 1/8 + 4/block bytes per value.
 
@@ -22,23 +40,8 @@ class Sign(Compressor):
     overflows, the largest float32 stands for it.
     """
 
-    collective = "two_shot"
     uses = {"sign": "the slowest links, any number of ranks"}
-    witness = "scales"
-    keeps_zero = False
 
     block: int = 1024
     rotate: Literal["none", "hadamard"] = "none"
     ef: bool = True
-
-    def __post_init__(self):
-        check_block(self.block)
-
-    def fields(self, n):
-        return [("signs", torch.uint8, -(-n // 8)), ("scales", torch.float32, -(-n // self.block))]
-
-    def encode(self, kernels, x, residual, signs, scales):
-        kernels.sign_encode(x, residual, kernels.loss_scale, signs, scales, self.block)
-
-    def decode_sum(self, kernels, out, weight, signs, scales):
-        kernels.sign_decode_sum(out, weight, signs, scales, self.block)

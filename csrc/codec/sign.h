@@ -6,9 +6,10 @@ namespace {
 
 constexpr int kPartials = 128;  // sums of a block: element i goes to i % 128
 
-// sum: of the `count` magnitudes, all finite. It may have overflowed.
-CODEC float mean_of(float sum, int count) {
-  return divide(bits_of(sum) < kNonFinite ? sum : float_of(kNonFinite - 1), (float)count);
-}
+// A sum of finite values. The largest there is stands for one that overflowed.
+CODEC float finite_of(float sum) { return magnitude(sum) < kNonFinite ? sum : float_of(kNonFinite - 1); }
+
+// sum: of the `count` magnitudes, all finite.
+CODEC float mean_of(float sum, int count) { return divide(finite_of(sum), (float)count); }
 
 }  // namespace

@@ -74,6 +74,24 @@ void run(const QuantEncode& op, int threads) {
 void run(const QuantDecodeSum& op, int threads) {
   split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_decode_sum(op, begin, end); });
 }
+void run(const QuantResum& op, int threads) {
+  struct alignas(64) Line { float values[16]; };
+  split(op.to.in.n, op.to.block, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Line[]> totals(new Line[(size_t)op.to.block / 8]);  // of two blocks, which may be too large for the stack
+    chosen->quant_resum(op, totals[0].values, begin, end);
+  });
+}
+void run(const QuantAbsMax& op, int threads) {
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_absmax(op, begin, end); });
+}
+void run(const QuantEncodeShared& op, int threads) {
+  const int64_t used = (op.in.n * op.width + 7) / 8;
+  std::fill(op.codes + used, op.codes + op.nbytes, uint8_t{0});
+  split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_encode_shared(op, begin, end); });
+}
+void run(const QuantDecodeShared& op, int threads) {
+  split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->quant_decode_shared(op, begin, end); });
+}
 void run(const TernaryEncode& op, int threads) {
   split(op.in.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->ternary_encode(op, begin, end); });
 }
@@ -85,6 +103,9 @@ void run(const SignEncode& op, int threads) {
 }
 void run(const SignDecodeSum& op, int threads) {
   split(op.out.n, op.block, threads, [&](int64_t begin, int64_t end) { chosen->sign_decode_sum(op, begin, end); });
+}
+void run(const SignVote& op, int threads) {
+  split(op.from.out.n, op.from.block, threads, [&](int64_t begin, int64_t end) { chosen->sign_vote(op, begin, end); });
 }
 void run(const HadamardEncode& op, int threads) {
   split(op.in.n, kStretch, threads, [&](int64_t begin, int64_t end) { chosen->hadamard_encode(op, begin, end); });

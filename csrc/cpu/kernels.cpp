@@ -9,6 +9,7 @@
 #include "half.h"
 #include "floats.h"
 #include "quant.h"
+#include "quant_shared.h"
 #include "ternary.h"
 #include "sign.h"
 #include "hadamard.h"
@@ -27,7 +28,8 @@ namespace commopt::cpu {
 const Table COMMOPT_JOIN(table_, COMMOPT_ISA) = {
     COMMOPT_TEXT(COMMOPT_ISA), dense_encode, dense_decode_sum, half_encode, half_decode_sum,
     absmax, float_encode, float_decode_sum,
-    quant_encode, quant_decode_sum, ternary_encode, ternary_decode_sum, sign_encode, sign_decode_sum,
+    quant_encode, quant_decode_sum, quant_resum, quant_absmax, quant_encode_shared, quant_decode_shared,
+    ternary_encode, ternary_decode_sum, sign_encode, sign_decode_sum, sign_vote,
     hadamard_encode, hadamard_keep, hadamard_decode,
     topk_scan, topk_keys, topk_emit, threshold_scan, topk_decode_sum,
     blocktopk_encode, blocktopk_decode_sum, randomk_encode, randomk_decode_sum,

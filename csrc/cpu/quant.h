@@ -11,6 +11,7 @@ namespace {
 using commopt::Input;
 using commopt::QuantDecodeSum;
 using commopt::QuantEncode;
+using commopt::QuantResum;
 
 // codec/philox.h for a run of elements that begins at a multiple of 8. A counter word sits in the low half of a lane and
 // the high half is left as it falls: the next product ignores it. Lanes are in the order that makes evens() come first.
@@ -76,22 +77,22 @@ struct Drawer {
 };
 
 // codec/quantize.h, with the code taken from the bits of the sum that rounds: its lowest ones are the integer. Clamping
-// integers vectorizes where clamping floats does not. To nearest needs none where absmax is `levels` steps: |acc * inverse|
-// is then below levels + 1/2.
+// integers vectorizes where clamping floats does not. kClamped: to nearest needs none where absmax is `levels` steps:
+// |acc * inverse| is then below levels + 1/2.
 constexpr float kRounder = 12582912.0f;
 struct Code {
   int32_t q;
   float value;
 };
-template <bool kStochastic, int kLevels> CODEC Code code_of(float acc, float inverse, uint16_t random) {
+template <bool kStochastic, bool kClamped> CODEC Code code_of(float acc, float inverse, int levels, uint16_t random) {
   const int32_t zero = (int32_t)bits_of(kRounder);
   float x = mul(acc, inverse);
   if (!kStochastic) {
     float rounded = add(x, kRounder);
     int32_t q = (int32_t)bits_of(rounded) - zero;
-    if (steps_of(kLevels, false) == kLevels) return {q, sub(rounded, kRounder)};
-    q = q < kLevels ? q : kLevels;
-    q = q > -kLevels ? q : -kLevels;
+    if (!kClamped) return {q, sub(rounded, kRounder)};
+    q = q < levels ? q : levels;
+    q = q > -levels ? q : -levels;
     return {q, (float)q};
   }
 #if defined(__AVX512F__)
@@ -102,27 +103,25 @@ template <bool kStochastic, int kLevels> CODEC Code code_of(float acc, float inv
   float rounded = add(x, kRounder);
   int32_t q = (int32_t)bits_of(rounded) - zero - (sub(rounded, kRounder) > x ? 1 : 0);
 #endif
-  q = q < kLevels ? q : kLevels;
-  q = q > -kLevels ? q : -kLevels;
+  q = q < levels ? q : levels;
+  q = q > -levels ? q : -levels;
   return {q, (float)q};
 }
 
-// The codes of up to kDrawn elements of one block, as q + kZero in a byte each from `q` on, and their residual.
-template <class X, bool kResidual, int kLevels, int kZero, bool kStochastic>
-CODEC void quantize_run(const Input& in, const Drawer& draw, BlockScale shared, float scale, float unscale, int64_t first, int64_t end,
-                        uint8_t* __restrict q) {
-  const typename X::Stored* __restrict x = (const typename X::Stored*)in.x;
-  float* __restrict residual = in.residual;
+// The codes of up to kDrawn elements of one block, from number `first` on, as q + zero in a byte each, and their residual.
+template <class X, bool kResidual, bool kStochastic, bool kClamped>
+CODEC void quantize_run(const typename X::Stored* __restrict x, float* __restrict residual, const Drawer& draw, BlockScale shared, int levels,
+                        int zero, float scale, float unscale, int64_t first, int64_t count, uint8_t* __restrict q) {
   alignas(64) uint16_t random[kDrawn];
-  if (kStochastic) draw(first, end - first, random);
-  strips(first, end, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+  if (kStochastic) draw(first, count, random);
+  strips(0, count, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
     prefetch_far<kOddLines>(x + at, count);
     if (kResidual) prefetch_far<kOddLines>(residual + at, count);
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
       float acc = acc_of<X, kResidual>(x[at + i], residual, at + i, scale);
-      Code code = code_of<kStochastic, kLevels>(acc, shared.inverse, kStochastic ? random[at - first + i] : 0);
-      q[at - first + i] = (uint8_t)(code.q + kZero);
+      Code code = code_of<kStochastic, kClamped>(acc, shared.inverse, levels, kStochastic ? random[at + i] : 0);
+      q[at + i] = (uint8_t)(code.q + zero);
       if (kResidual) residual[at + i] = mul(sub(acc, mul(code.value, shared.scale)), unscale);
     }
   });
@@ -161,30 +160,41 @@ template <class X, bool kResidual, class Body> CODEC void block_by_block(const I
   }
 }
 
+// The codes, the scale and the residual of one block: its elements first .. stop - 1, of which x is the first.
+template <class X, bool kResidual, int kBits, bool kStochastic>
+CODEC void encode_block(const QuantEncode& op, const Drawer& draw, const typename X::Stored* x, float scale, float unscale, int64_t first, int64_t stop,
+                        uint32_t absmax, float* scales) {
+  constexpr int levels = levels_of(kBits), zero = zero_of(kBits), steps = steps_of(levels, kStochastic), per_byte = 8 / kBits;
+  const BlockScale shared = block_scale(absmax, steps);
+  *scales = shared.scale;
+  if (absmax >= kNonFinite) {
+    memset(op.codes + first / per_byte, zero * (kBits == 8 ? 1 : kBits == 4 ? 0x11 : 0x55), (size_t)((stop - first + per_byte - 1) / per_byte));
+    return;
+  }
+  for (int64_t at = first; at < stop; at += kDrawn) {
+    const int64_t count = least(kDrawn, stop - at);
+    auto quantize = [&](uint8_t* q) __attribute__((always_inline)) {
+      quantize_run<X, kResidual, kStochastic, steps != levels>(x + (at - first), op.in.residual + at, draw, shared, levels, zero, scale, unscale, at, count, q);
+    };
+    if (kBits == 8) {
+      quantize(op.codes + at);
+      continue;
+    }
+    alignas(64) uint8_t q[kDrawn + 64];
+    quantize(q);
+    for (int i = 0; i < per_byte - 1; ++i) q[count + i] = zero;  // fills up the last byte
+    pack<kBits>(q, (count + per_byte - 1) / per_byte, op.codes + at / per_byte);
+  }
+}
+
 template <class X, bool kResidual, int kBits, bool kStochastic>
 void quant_encode_loop(const QuantEncode& op, int64_t begin, int64_t end) {
-  constexpr int levels = levels_of(kBits), zero = zero_of(kBits), per_byte = 8 / kBits;
+  const typename X::Stored* x = (const typename X::Stored*)op.in.x;
   const float scale = *op.in.loss_scale, unscale = divide(1.0f, scale);
   const Drawer draw(op, begin);
   float* scales = op.scales + begin / op.block;
   block_by_block<X, kResidual>(op.in, op.block, begin, end, [&](int64_t first, int64_t stop, uint32_t absmax) __attribute__((always_inline)) {
-    const BlockScale shared = block_scale(absmax, steps_of(levels, kStochastic));
-    *scales++ = shared.scale;
-    if (absmax >= kNonFinite) {
-      memset(op.codes + first / per_byte, zero * (kBits == 8 ? 1 : kBits == 4 ? 0x11 : 0x55), (size_t)((stop - first + per_byte - 1) / per_byte));
-      return;
-    }
-    for (int64_t at = first; at < stop; at += kDrawn) {
-      const int64_t last = least(at + kDrawn, stop), count = last - at;
-      if (kBits == 8) {
-        quantize_run<X, kResidual, levels, zero, kStochastic>(op.in, draw, shared, scale, unscale, at, last, op.codes + at);
-        continue;
-      }
-      alignas(64) uint8_t q[kDrawn + 64];
-      quantize_run<X, kResidual, levels, zero, kStochastic>(op.in, draw, shared, scale, unscale, at, last, q);
-      for (int i = 0; i < per_byte - 1; ++i) q[count + i] = zero;  // fills up the last byte
-      pack<kBits>(q, (count + per_byte - 1) / per_byte, op.codes + at / per_byte);
-    }
+    encode_block<X, kResidual, kBits, kStochastic>(op, draw, x + first, scale, unscale, first, stop, absmax, scales++);
   });
 }
 
@@ -256,22 +266,27 @@ CODEC void dequantize_strip(const QuantDecodeSum& op, int64_t block, int64_t at,
 }
 #endif
 
+// sum[0 .. count - 1] <- what all rows hold for a strip, from `at` on.
+template <int kBits> CODEC void sum_strip(const QuantDecodeSum& op, int64_t block, int64_t at, int64_t count, float* sum) {
+  int64_t w = 0;
+#if defined(__AVX2__)
+  if (kBits == 8 && count == kStrip) dequantize_strip(op, block, at, sum), w = op.out.rows;
+#endif
+  for (; w < op.out.rows; ++w) {
+    const float scale = row(op.scales, op.out.stride, w)[block];
+    const uint8_t* codes = row(op.codes, op.out.stride, w) + at * kBits / 8;
+    prefetch_far(codes, 1);
+    if (w == 0) dequantize_run<kBits, true>(codes, scale, count, sum);
+    else dequantize_run<kBits, false>(codes, scale, count, sum);
+  }
+}
+
 template <class Out, int kBits> void quant_decode_loop(const QuantDecodeSum& op, int64_t begin, int64_t end) {
   typename Out::Stored* __restrict out = (typename Out::Stored*)op.out.out;
   for (int64_t block = begin / op.block; block * op.block < end; ++block) {
     strips(block * op.block, least(end, (block + 1) * op.block), [&](int64_t at, int64_t count) __attribute__((always_inline)) {
       alignas(64) float sum[kStrip];
-      int64_t w = 0;
-#if defined(__AVX2__)
-      if (kBits == 8 && count == kStrip) dequantize_strip(op, block, at, sum), w = op.out.rows;
-#endif
-      for (; w < op.out.rows; ++w) {
-        const float scale = row(op.scales, op.out.stride, w)[block];
-        const uint8_t* codes = row(op.codes, op.out.stride, w) + at * kBits / 8;
-        prefetch_far(codes, 1);
-        if (w == 0) dequantize_run<kBits, true>(codes, scale, count, sum);
-        else dequantize_run<kBits, false>(codes, scale, count, sum);
-      }
+      sum_strip<kBits>(op, block, at, count, sum);
       for (int64_t i = 0; i < count; ++i) out[at + i] = Out::store(mul(sum[i], op.out.weight));
     });
   }
@@ -280,6 +295,43 @@ template <class Out, int kBits> void quant_decode_loop(const QuantDecodeSum& op,
 void quant_decode_sum(const QuantDecodeSum& op, int64_t begin, int64_t end) {
   with_dtype(op.out.dtype, [&](auto out) {
     with_bits(op.bits, [&](auto bits) { quant_decode_loop<decltype(out), decltype(bits)::value>(op, begin, end); });
+  });
+}
+
+// The total of a block stays in the nearest cache that holds it. As in block_by_block the next block is summed before one is
+// encoded.
+template <bool kResidual, int kBits, bool kStochastic>
+void quant_resum_loop(const QuantResum& op, float* totals, int64_t begin, int64_t end) {
+  const int64_t block = op.to.block;
+  const float scale = *op.to.in.loss_scale, unscale = divide(1.0f, scale);
+  const Drawer draw(op.to, begin);
+  auto total_of = [&](int64_t number) __attribute__((always_inline)) { return totals + (number & 1 ? block : 0); };
+  auto summed = [&](int64_t number) __attribute__((always_inline)) {
+    const int64_t first = number * block, stop = least(first + block, end);
+    float* total = total_of(number);
+    strips(first, stop, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+      alignas(64) float sum[kStrip];  // no row can lie in it, so that the compiler may hold it in registers
+      sum_strip<kBits>(op.from, number, at, count, sum);
+      memcpy(total + (at - first), sum, (size_t)count * 4);
+    });
+    return absmax_of<F32, kResidual>(total, op.to.in.residual + first, scale, 0, stop - first);
+  };
+  uint32_t next = summed(begin / block);
+  for (int64_t number = begin / block; number * block < end; ++number) {
+    const int64_t first = number * block, stop = least(first + block, end);
+    const uint32_t absmax = next;
+    if (stop < end) next = summed(number + 1);
+    encode_block<F32, kResidual, kBits, kStochastic>(op.to, draw, total_of(number), scale, unscale, first, stop, absmax, op.to.scales + number);
+  }
+}
+
+void quant_resum(const QuantResum& op, float* totals, int64_t begin, int64_t end) {
+  with_flag(op.to.in.residual != nullptr, [&](auto residual) {
+    with_flag(op.to.stochastic, [&](auto stochastic) {
+      with_bits(op.to.bits, [&](auto bits) {
+        quant_resum_loop<decltype(residual)::value, decltype(bits)::value, decltype(stochastic)::value>(op, totals, begin, end);
+      });
+    });
   });
 }
 

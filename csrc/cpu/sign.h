@@ -8,6 +8,7 @@ namespace {
 
 using commopt::SignDecodeSum;
 using commopt::SignEncode;
+using commopt::SignVote;
 
 // The sum of the magnitudes of a block, in the order that all backends add in.
 template <class X, bool kResidual>
@@ -119,6 +120,56 @@ template <class Out> void sign_decode_loop(const SignDecodeSum& op, int64_t begi
 
 void sign_decode_sum(const SignDecodeSum& op, int64_t begin, int64_t end) {
   with_dtype(op.out.dtype, [&](auto out) { sign_decode_loop<decltype(out)>(op, begin, end); });
+}
+
+// Which of a strip's elements are negative in more than half of the rows, or in half of them and in the sum: bit i for element i.
+// The rows are counted for all elements at once: bit i of plane p is bit p of the count of element i.
+CODEC uint64_t voted(const SignDecodeSum& op, int64_t block, int64_t at, int64_t count) {
+  uint64_t planes[64] = {};
+  alignas(64) float sum[kStrip] = {};
+  const bool even = op.out.rows % 2 == 0;
+  for (int64_t w = 0; w < op.out.rows; ++w) {
+    const uint8_t* signs = row(op.signs, op.out.stride, w) + at / 8;
+    prefetch(signs, 1, kAhead / 8);
+    uint64_t carry = 0;
+    memcpy(&carry, signs, (size_t)(count + 7) / 8);
+    for (int p = 0; carry; ++p) {
+      const uint64_t both = planes[p] & carry;
+      planes[p] ^= carry;
+      carry = both;
+    }
+    if (!even) continue;  // there are no ties
+    const float scale = row(op.scales, op.out.stride, w)[block];
+    if (w == 0) sign_run<true>(signs, scale, count, sum);
+    else sign_run<false>(signs, scale, count, sum);
+  }
+  uint64_t more = 0, equal = count < 64 ? (1ull << count) - 1 : ~0ull;  // than half of the rows, by the planes so far
+  for (int p = 63 - __builtin_clzll((uint64_t)op.out.rows); p >= 0; --p) {
+    if (op.out.rows >> (p + 1) & 1) {
+      equal &= planes[p];
+    } else {
+      more |= equal & planes[p];
+      equal &= ~planes[p];
+    }
+  }
+  return even ? more | (equal & negatives(sum)) : more;
+}
+
+void sign_vote(const SignVote& op, int64_t begin, int64_t end) {
+  for (int64_t block = begin / op.from.block; block * op.from.block < end; ++block) {
+    float total = op.from.scales[block];
+    bool usable = magnitude(total) < kNonFinite;
+    for (int64_t w = 1; w < op.from.out.rows; ++w) {
+      const float scale = row(op.from.scales, op.from.out.stride, w)[block];
+      usable = usable & (magnitude(scale) < kNonFinite);
+      total = add(total, scale);
+    }
+    op.scales[block] = usable ? finite_of(total) : float_of(kNaN);
+    strips(block * op.from.block, least(end, (block + 1) * op.from.block), [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+      const uint64_t bits = usable ? voted(op.from, block, at, count) : 0;
+      memcpy(op.signs + at / 8, &bits, (size_t)(count + 7) / 8);
+    });
+  }
 }
 
 }  // namespace

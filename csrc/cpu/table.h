@@ -73,10 +73,15 @@ struct Table {
   void (*float_decode_sum)(const FloatDecodeSum&, int64_t begin, int64_t end);
   void (*quant_encode)(const QuantEncode&, int64_t begin, int64_t end);
   void (*quant_decode_sum)(const QuantDecodeSum&, int64_t begin, int64_t end);
+  void (*quant_resum)(const QuantResum&, float* totals, int64_t begin, int64_t end);  // totals: scratch [2 block]
+  void (*quant_absmax)(const QuantAbsMax&, int64_t begin, int64_t end);
+  void (*quant_encode_shared)(const QuantEncodeShared&, int64_t begin, int64_t end);
+  void (*quant_decode_shared)(const QuantDecodeShared&, int64_t begin, int64_t end);
   void (*ternary_encode)(const TernaryEncode&, int64_t begin, int64_t end);
   void (*ternary_decode_sum)(const TernaryDecodeSum&, int64_t begin, int64_t end);
   void (*sign_encode)(const SignEncode&, int64_t begin, int64_t end);
   void (*sign_decode_sum)(const SignDecodeSum&, int64_t begin, int64_t end);
+  void (*sign_vote)(const SignVote&, int64_t begin, int64_t end);
   void (*hadamard_encode)(const HadamardEncode&, int64_t begin, int64_t end);
   void (*hadamard_keep)(const HadamardKeep&, int64_t begin, int64_t end);
   void (*hadamard_decode)(const HadamardDecode&, int64_t begin, int64_t end);

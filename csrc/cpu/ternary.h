@@ -12,19 +12,22 @@ constexpr int kLongest = kDigits * 256;  // elements of a block
 
 template <class X, bool kResidual, bool kStochastic>
 void ternary_encode_loop(const TernaryEncode& op, int64_t begin, int64_t end) {
+  constexpr int steps = steps_of(1, kStochastic);
   const int m = op.block / kDigits;
+  const typename X::Stored* x = (const typename X::Stored*)op.in.x;
   const float scale = *op.in.loss_scale, unscale = divide(1.0f, scale);
   const Drawer draw(op, begin);
   float* scales = op.scales + begin / op.block;
   uint8_t* __restrict codes = op.codes + begin / kDigits;
   alignas(64) uint8_t digits[kLongest];
   block_by_block<X, kResidual>(op.in, op.block, begin, end, [&](int64_t first, int64_t stop, uint32_t absmax) __attribute__((always_inline)) {
-    const BlockScale shared = block_scale(absmax, steps_of(1, kStochastic));
+    const BlockScale shared = block_scale(absmax, steps);
     *scales++ = shared.scale;
     const bool usable = absmax < kNonFinite;
     if (!usable || stop - first < op.block) memset(digits, 1, (size_t)op.block);
     for (int64_t at = first; usable && at < stop; at += kDrawn)
-      quantize_run<X, kResidual, 1, 1, kStochastic>(op.in, draw, shared, scale, unscale, at, least(at + kDrawn, stop), digits + (at - first));
+      quantize_run<X, kResidual, kStochastic, steps != 1>(x + at, op.in.residual + at, draw, shared, 1, 1, scale, unscale, at,
+                                                          least(kDrawn, stop - at), digits + (at - first));
     for (int j = 0; j < m; j += 8)
 #pragma GCC ivdep
       for (int i = j; i < j + 8; ++i)

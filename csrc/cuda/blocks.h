@@ -33,8 +33,8 @@ __device__ __forceinline__ uint32_t absmax_of(const float (&acc)[kGroup]) {
 __device__ __forceinline__ void put(float* to, const BlockScale& scale) { *to = scale.scale; }
 __device__ __forceinline__ void put(uint8_t* to, const SharedScale& scale) { *to = (uint8_t)scale.code; }
 
-template <class T, class Codec>
-__device__ __forceinline__ void encode_group(const Gradient<T>& in, const Codec& codec, int64_t group, int count, const float (&acc)[kGroup],
+template <class In, class Codec>
+__device__ __forceinline__ void encode_group(const In& in, const Codec& codec, int64_t group, int count, const float (&acc)[kGroup],
                                              BlockScale scale, float inverse_loss_scale) {
   float sent[kGroup];
   bool usable = magnitude(scale.scale) < kNonFinite;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void encode_group(const Gradient<T>& in, const Codec&
 }
 
 // A CUDA block owns 2048 elements, a thread 8 of them, `lanes` neighbouring threads one block (a power of two, <= 256).
-template <class T, class Codec, class S> __global__ void __launch_bounds__(kThreads) encode_blocks(Gradient<T> in, Codec codec, S* scales, int shift) {
+template <class In, class Codec, class S> __global__ void __launch_bounds__(kThreads) encode_blocks(In in, Codec codec, S* scales, int shift) {
   __shared__ uint32_t of_warp[kThreads / 32];
   int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   int count = present(in.n, group * kGroup), lanes = 1 << shift;
@@ -68,8 +68,8 @@ template <class T, class Codec, class S> __global__ void __launch_bounds__(kThre
 }
 
 // Any other block length: a warp owns a block and reads it twice, the second time from the cache.
-template <class T, class Codec, class S>
-__global__ void __launch_bounds__(kThreads) encode_long_blocks(Gradient<T> in, Codec codec, S* scales, int per_block, int64_t blocks) {
+template <class In, class Codec, class S>
+__global__ void __launch_bounds__(kThreads) encode_long_blocks(In in, Codec codec, S* scales, int per_block, int64_t blocks) {
   int64_t block = (int64_t)blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   if (block >= blocks) return;
   int64_t begin = block * per_block;
@@ -94,17 +94,19 @@ __global__ void __launch_bounds__(kThreads) encode_long_blocks(Gradient<T> in, C
   }
 }
 
+// in: a Gradient, or what has the same members.
+template <class In, class Codec, class S> void launch_blocks(const In& in, const Codec& codec, S* scales, int block, cudaStream_t stream) {
+  PerBlock per(block);
+  int64_t blocks = ceil_div(in.n, block);
+  if (per.shift >= 0 && per.per_block <= kThreads)
+    LAUNCH((encode_blocks<In, Codec, S>), group_blocks(in.n), kThreads, stream, in, codec, scales, per.shift);
+  else
+    LAUNCH((encode_long_blocks<In, Codec, S>), ceil_div(blocks, kThreads / 32), kThreads, stream, in, codec, scales, per.per_block, blocks);
+}
+
 template <class Codec, class S> void launch_encode(const char* op, const Input& in, const Codec& codec, S* scales, int block, cudaStream_t stream) {
   if (in.n == 0) return;
-  PerBlock per(block);
-  with_type(in.dtype, [&](auto type) {
-    using T = decltype(type);
-    int64_t blocks = ceil_div(in.n, block);
-    if (per.shift >= 0 && per.per_block <= kThreads)
-      LAUNCH((encode_blocks<T, Codec, S>), group_blocks(in.n), kThreads, stream, Gradient<T>(in), codec, scales, per.shift);
-    else
-      LAUNCH((encode_long_blocks<T, Codec, S>), ceil_div(blocks, kThreads / 32), kThreads, stream, Gradient<T>(in), codec, scales, per.per_block, blocks);
-  });
+  with_type(in.dtype, [&](auto type) { launch_blocks(Gradient<decltype(type)>(in), codec, scales, block, stream); });
   check(op);
 }
 

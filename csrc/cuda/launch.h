@@ -111,9 +111,15 @@ template <class T> struct Gradient {
   __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
     T v[kGroup];
     load8(x + first, x_aligned, count, v);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) acc[i] = widen(v[i]);
+    add_residual(first, count, scale, acc, old);
+  }
+
+  __device__ __forceinline__ void add_residual(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
     if (residual) load8(residual + first, residual_aligned, count, old);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) acc[i] = canonical(residual ? accumulate(widen(v[i]), old[i], scale) : widen(v[i]));
+    for (int i = 0; i < kGroup; ++i) acc[i] = canonical(residual ? accumulate(acc[i], old[i], scale) : acc[i]);
   }
 
   __device__ __forceinline__ float at(int64_t i, float scale) const {
@@ -122,13 +128,8 @@ template <class T> struct Gradient {
   }
 };
 
-// out <- weight * (row 0 + row 1 + ...). A thread owns one group of out.
-template <class T, class Rows> __global__ void __launch_bounds__(kThreads)
-decode_sum(T* out, bool out_aligned, float weight, int64_t n, int64_t rows, Rows message) {
-  int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x, first = group * kGroup;
-  int count = present(n, first);
-  if (count == 0) return;
-  float total[kGroup];
+// total <- row 0 + row 1 + ... of one group.
+template <class Rows> __device__ __forceinline__ void sum_rows(const Rows& message, int64_t rows, int64_t group, int count, float (&total)[kGroup]) {
   message.load(0, group, count, total);
 #pragma unroll 4
   for (int64_t row = 1; row < rows; ++row) {
@@ -137,6 +138,16 @@ decode_sum(T* out, bool out_aligned, float weight, int64_t n, int64_t rows, Rows
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) total[i] = add(total[i], v[i]);
   }
+}
+
+// out <- weight * (row 0 + row 1 + ...). A thread owns one group of out.
+template <class T, class Rows> __global__ void __launch_bounds__(kThreads)
+decode_sum(T* out, bool out_aligned, float weight, int64_t n, int64_t rows, Rows message) {
+  int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x, first = group * kGroup;
+  int count = present(n, first);
+  if (count == 0) return;
+  float total[kGroup];
+  sum_rows(message, rows, group, count, total);
   T result[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) narrow(result[i], mul(total[i], weight));

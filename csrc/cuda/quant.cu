@@ -3,6 +3,7 @@
 // Encode: a block owns 2048 elements, a thread a group of 8, block / 8 neighbouring threads a block of the format.
 // Bytes per value, float32 x: 4 x + 4 residual read, bits / 8 codes + 4 residual + 4 / block scale written.
 // Decode: the same ownership; per value bits / 8 + 4 / block of each row read, 4 written.
+// Resum: the ownership of an encode; per value what a decode reads and 4 residual, and what an encode writes.
 #include "../codec/philox.h"
 #include "blocks.h"
 
@@ -79,15 +80,42 @@ template <int BITS> struct Rows {
   }
 };
 
+// What an encode reads where the gradient is the sum of the rows.
+template <int BITS> struct Total : Gradient<float> {
+  Rows<BITS> message;
+  int64_t rows;
+
+  Total(const Input& in, const Rows<BITS>& message, int64_t rows) : Gradient<float>(in), message(message), rows(rows) {}
+
+  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
+    sum_rows(message, rows, first / kGroup, count, acc);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) acc[i] = i < count ? acc[i] : 0.0f;
+    add_residual(first, count, scale, acc, old);
+  }
+};
+
+template <int BITS> Quant<BITS> codec_of(const QuantEncode& op) {
+  return {op.codes, aligned16(op.codes), op.stochastic, op.seed, op.step, op.stream};
+}
+
+template <int BITS> Rows<BITS> rows_of(const QuantDecodeSum& op) {
+  return {reinterpret_cast<const char*>(op.codes), reinterpret_cast<const char*>(op.scales), op.out.stride, PerBlock(op.block),
+          aligned16(op.codes, op.out.stride)};
+}
+
 template <int BITS> void encode(const QuantEncode& op, cudaStream_t stream) {
-  Quant<BITS> codec{op.codes, aligned16(op.codes), op.stochastic, op.seed, op.step, op.stream};
-  launch_encode("quant_encode", op.in, codec, op.scales, op.block, stream);
+  launch_encode("quant_encode", op.in, codec_of<BITS>(op), op.scales, op.block, stream);
 }
 
 template <int BITS> void decode(const QuantDecodeSum& op, cudaStream_t stream) {
-  Rows<BITS> message{reinterpret_cast<const char*>(op.codes), reinterpret_cast<const char*>(op.scales), op.out.stride, PerBlock(op.block),
-                     aligned16(op.codes, op.out.stride)};
-  launch_decode("quant_decode_sum", op.out, message, stream);
+  launch_decode("quant_decode_sum", op.out, rows_of<BITS>(op), stream);
+}
+
+template <int BITS> void resum(const QuantResum& op, cudaStream_t stream) {
+  if (op.to.in.n == 0) return;
+  launch_blocks(Total<BITS>(op.to.in, rows_of<BITS>(op.from), op.from.out.rows), codec_of<BITS>(op.to), op.to.scales, op.to.block, stream);
+  check("quant_resum");
 }
 
 }  // namespace
@@ -97,6 +125,9 @@ void run(const QuantEncode& op, cudaStream_t stream) {
 }
 void run(const QuantDecodeSum& op, cudaStream_t stream) {
   op.bits == 8 ? decode<8>(op, stream) : op.bits == 4 ? decode<4>(op, stream) : decode<2>(op, stream);
+}
+void run(const QuantResum& op, cudaStream_t stream) {
+  op.to.bits == 8 ? resum<8>(op, stream) : op.to.bits == 4 ? resum<4>(op, stream) : resum<2>(op, stream);
 }
 
 }  // namespace commopt::cuda

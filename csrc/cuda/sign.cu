@@ -4,6 +4,7 @@
 // elements, two rows of the 128 partial sums: lanes 0 .. 15 hold the sums, eight each, and add the other lanes' row after theirs.
 // Bytes per value, float32 x: 4 x + 4 residual read, 1/8 signs + 4 residual + 4 / block scale written.
 // Decode: a thread owns a group of 8; per value 1/8 + 4 / block of each row read, 4 written.
+// Vote: the same ownership; the first group of a block writes its scale too. What a decode reads, and 1/8 + 4 / block written.
 #include "../codec/sign.h"
 #include "blocks.h"
 
@@ -63,13 +64,51 @@ struct Rows {
   int64_t stride;
   PerBlock block;
 
+  __device__ __forceinline__ uint32_t byte(int64_t row, int64_t group) const { return reinterpret_cast<const uint8_t*>(signs + row * stride)[group]; }
+  __device__ __forceinline__ float scale(int64_t row, int64_t group) const {
+    return reinterpret_cast<const float*>(scales + row * stride)[block.of(group)];
+  }
+
   __device__ __forceinline__ void load(int64_t row, int64_t group, int, float (&to)[kGroup]) const {
-    uint32_t byte = reinterpret_cast<const uint8_t*>(signs + row * stride)[group];
-    float scale = reinterpret_cast<const float*>(scales + row * stride)[block.of(group)];
+    uint32_t negative = byte(row, group);
+    float size = scale(row, group);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) to[i] = byte >> i & 1u ? -scale : scale;
+    for (int i = 0; i < kGroup; ++i) to[i] = negative >> i & 1u ? -size : size;
   }
 };
+
+__global__ void __launch_bounds__(kThreads) vote(Rows message, uint8_t* signs, float* scales, int64_t n, int64_t rows) {
+  int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x;
+  int count = present(n, group * kGroup);
+  if (count == 0) return;
+  float total = message.scale(0, group), sum[kGroup];
+  bool usable = magnitude(total) < kNonFinite;
+  int ahead[kGroup];  // negative rows less positive ones
+  message.load(0, group, count, sum);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) ahead[i] = message.byte(0, group) >> i & 1u ? 1 : -1;
+  for (int64_t row = 1; row < rows; ++row) {
+    uint32_t negative = message.byte(row, group);
+    float size = message.scale(row, group);
+    usable = usable && magnitude(size) < kNonFinite;
+    total = add(total, size);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      ahead[i] += negative >> i & 1u ? 1 : -1;
+      sum[i] = add(sum[i], negative >> i & 1u ? -size : size);
+    }
+  }
+  uint32_t byte = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) byte |= (uint32_t)(usable && i < count && (ahead[i] > 0 || (ahead[i] == 0 && sum[i] < 0.0f))) << i;
+  signs[group] = (uint8_t)byte;
+  int64_t block = message.block.of(group);
+  if (block * message.block.per_block == group) scales[block] = usable ? finite_of(total) : float_of(kNaN);
+}
+
+Rows rows_of(const SignDecodeSum& op) {
+  return {reinterpret_cast<const char*>(op.signs), reinterpret_cast<const char*>(op.scales), op.out.stride, PerBlock(op.block)};
+}
 
 }  // namespace
 
@@ -84,8 +123,13 @@ void run(const SignEncode& op, cudaStream_t stream) {
 }
 
 void run(const SignDecodeSum& op, cudaStream_t stream) {
-  Rows message{reinterpret_cast<const char*>(op.signs), reinterpret_cast<const char*>(op.scales), op.out.stride, PerBlock(op.block)};
-  launch_decode("sign_decode_sum", op.out, message, stream);
+  launch_decode("sign_decode_sum", op.out, rows_of(op), stream);
+}
+
+void run(const SignVote& op, cudaStream_t stream) {
+  if (op.from.out.n == 0) return;
+  LAUNCH(vote, group_blocks(op.from.out.n), kThreads, stream, rows_of(op.from), op.signs, op.scales, op.from.out.n, op.from.out.rows);
+  check("sign_vote");
 }
 
 }  // namespace commopt::cuda

@@ -73,7 +73,21 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     for (int bits : {8, 4, 2}) {
       Field<uint8_t> codes(ceil_div(n * bits, 8), stride);
       cuda::run(QuantEncode{g.input(), codes.row(1), scales.row(1), bits, block, bits == 4, 1, 2, 3}, nullptr);
-      cuda::run(QuantDecodeSum{g.output(stride), codes.row(), scales.row(), bits, block}, nullptr);
+      QuantDecodeSum sum{g.output(stride), codes.row(), scales.row(), bits, block};
+      cuda::run(sum, nullptr);
+      Field<float> resent(blocks, stride);
+      Field<uint8_t> recoded(ceil_div(n * bits, 8), stride);
+      cuda::run(QuantResum{sum, {g.input(), recoded.row(1), resent.row(1), bits, block, bits == 4, 1, 2, 3}}, nullptr);
+    }
+  }
+  for (int block : {64, 1024, 24}) {
+    Exact<uint32_t> absmax(ceil_div(n, block));
+    cuda::run(QuantAbsMax{g.input(), absmax.data(), block}, nullptr);
+    for (int width : {4, 8, 16}) {
+      Exact<uint8_t> codes(ceil_div(n * width, 32) * 4);
+      cuda::run(QuantEncodeShared{g.input(), absmax.data(), codes.data(), (int64_t)codes.held.size(), 7, width, block, block == 64, 1, 2, 3}, nullptr);
+      Output out = g.output(0);
+      cuda::run(QuantDecodeShared{out, codes.data(), absmax.data(), 7, width, block, block == 64}, nullptr);
     }
   }
   for (int block : {40, 320}) {
@@ -88,7 +102,11 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     Field<float> scales(blocks, stride);
     Field<uint8_t> signs(ceil_div(n, 8), stride);
     cuda::run(SignEncode{g.input(), signs.row(1), scales.row(1), block}, nullptr);
-    cuda::run(SignDecodeSum{g.output(stride), signs.row(), scales.row(), block}, nullptr);
+    SignDecodeSum sum{g.output(stride), signs.row(), scales.row(), block};
+    cuda::run(sum, nullptr);
+    Exact<uint8_t> voted(ceil_div(n, 8));
+    Exact<float> total(blocks);
+    cuda::run(SignVote{sum, voted.data(), total.data()}, nullptr);
   }
   Exact<float> rotated(n, skip);
   cuda::run(HadamardEncode{g.input(), rotated.data()}, nullptr);

@@ -15,9 +15,10 @@ No operation is fused with another, so that each is rounded alike everywhere. A 
 from .dense import dense_decode_sum, dense_encode
 from .half import half_decode_sum, half_encode
 from .floats import absmax, float_decode_sum, float_encode
-from .quant import quant_decode_sum, quant_encode
+from .quant import quant_decode_sum, quant_encode, quant_resum
+from .quant_shared import quant_absmax, quant_decode_shared, quant_encode_shared
 from .ternary import TERNARY_BLOCKS, ternary_decode_sum, ternary_encode
-from .sign import sign_decode_sum, sign_encode
+from .sign import sign_decode_sum, sign_encode, sign_vote
 from .hadamard import hadamard_decode, hadamard_encode, hadamard_keep
 from .topk import TILE, sparse_add, topk_decode_sum, topk_encode, topk_workspace
 from .threshold import threshold_encode, threshold_workspace

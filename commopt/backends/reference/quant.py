@@ -34,22 +34,34 @@ def rounded(
     draw: tuple[int, int, int],
 ) -> Tensor:
     """q, float32 [n], whole numbers in [-levels, levels]; residual becomes what they miss.
+    scales: float32 [ceil(n / block)], see scale_of(). What q is: see quantized(). draw: (seed, step, stream)."""
+    acc = accumulate(x, residual, loss_scale)
+    scales.copy_(scale_of(magnitude(blocks(acc, block)).amax(1), levels, stochastic))
+    return quantized(acc, scales, residual, loss_scale, levels, block, stochastic, draw)
 
-    scales: float32 [ceil(n / block)] <- absmax / steps; NaN for a block with an infinity or a NaN, whose q are 0. steps is
-    levels, but 2 for one level to nearest: larger values then saturate, smaller ones are no longer lost.
-    q = round(acc / scale), to nearest even or, stochastic, floor(acc / scale + u) with u from philox(*draw).
-    draw: (seed, step, stream)."""
-    n, acc = x.numel(), accumulate(x, residual, loss_scale)
-    absmax = magnitude(blocks(acc, block)).amax(1)
-    finite = absmax < NON_FINITE
-    scale = torch.where(finite, absmax.view(torch.float32) / (2.0 if levels == 1 and not stochastic else float(levels)), 0.0)
+
+def scale_of(absmax: Tensor, levels: int, stochastic: bool) -> Tensor:
+    """What one step of each block is worth, float32: its largest magnitude, by the bits of absmax, over `steps`; NaN where that
+    is an infinity or a NaN. steps is levels, but 2 for one level to nearest: larger values then saturate, smaller ones are no
+    longer lost."""
+    steps = 2.0 if levels == 1 and not stochastic else float(levels)
+    return torch.where((absmax >= 0) & (absmax < NON_FINITE), absmax.view(torch.float32) / steps, NAN)
+
+
+def quantized(
+    acc: Tensor, scales: Tensor, residual: Tensor | None, loss_scale: Tensor, levels: int, block: int, stochastic: bool,
+    draw: tuple[int, int, int],
+) -> Tensor:
+    """q = round(acc / scale), to nearest even or, stochastic, floor(acc / scale + u) with u from philox(*draw); 0 in a block
+    whose scale is NaN. residual <- what they miss, but there."""
+    n, finite = acc.numel(), ~scales.isnan()
+    scale = torch.where(finite, scales, 0.0)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
-    scales.copy_(torch.where(finite, scale, NAN))
     usable = spread(finite, block, n)
     scaled = torch.where(usable, acc * spread(inverse, block, n), 0.0)
     if stochastic:
-        q = torch.floor(scaled + philox(*draw, n, x.device).to(torch.float32) * (1.0 / 65536.0))
+        q = torch.floor(scaled + philox(*draw, n, acc.device).to(torch.float32) * (1.0 / 65536.0))
     else:
         q = torch.round(scaled) + 0.0  # no -0, which an integer code cannot carry
     q = torch.where(usable, q.clamp(-levels, levels), 0.0)
@@ -70,3 +82,15 @@ def quant_decode_sum(out: Tensor, weight: float, codes: Tensor, scales: Tensor, 
         return q.to(torch.float32) * spread(s, block, n)
 
     sum_rows(out, weight, map(row, codes, scales))
+
+
+def quant_resum(
+    n: int, row_codes: Tensor, row_scales: Tensor, residual: Tensor | None, loss_scale: Tensor, codes: Tensor, scales: Tensor,
+    bits: int, block: int, stochastic: bool, draw: tuple[int, int, int],
+) -> None:
+    """The sum of messages of n elements, encoded again as quant_encode does: what the owner of a shard does with it in a
+    two_shot. row_codes, row_scales: as in quant_decode_sum. The other arguments: as in quant_encode, of which the sum,
+    float32 [n], is the x. Elsewhere than here that sum is nowhere in memory."""
+    total = torch.empty(n, dtype=torch.float32, device=codes.device)
+    quant_decode_sum(total, 1.0, row_codes, row_scales, bits, block)
+    quant_encode(total, residual, loss_scale, codes, scales, bits, block, stochastic, draw)

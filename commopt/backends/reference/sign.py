@@ -35,9 +35,7 @@ def sign_encode(x: Tensor, residual: Tensor | None, loss_scale: Tensor, signs: T
     negative = usable & (acc < 0)
     sent = spread(scale, block, n)
     keep(residual, acc - torch.where(negative, -sent, sent), usable, loss_scale)
-    bits = torch.zeros(8 * signs.numel(), dtype=torch.uint8, device=x.device)
-    bits[:n] = negative
-    signs.copy_(sum(bits[i::8] << i for i in range(8)))
+    signs.copy_(packed(negative))
 
 
 def sign_decode_sum(out: Tensor, weight: float, signs: Tensor, scales: Tensor, block: int) -> None:
@@ -45,8 +43,36 @@ def sign_decode_sum(out: Tensor, weight: float, signs: Tensor, scales: Tensor, b
     n = out.numel()
 
     def row(b: Tensor, s: Tensor) -> Tensor:
-        negative = torch.stack([b >> i & 1 for i in range(8)], 1).flatten()[:n].bool()
         value = spread(s, block, n)
-        return torch.where(negative, -value, value)
+        return torch.where(unpacked(b, n), -value, value)
 
     sum_rows(out, weight, map(row, signs, scales))
+
+
+def sign_vote(n: int, row_signs: Tensor, row_scales: Tensor, signs: Tensor, scales: Tensor, block: int) -> None:
+    """row_signs: uint8 [rows, ceil(n / 8)], row_scales: float32 [rows, ceil(n / block)].
+    signs: as in sign_encode <- where more rows are negative than positive, and where as many are, whether the sum of the rows,
+    in their order, is below 0.
+    scales <- the sum of the scales in the order of the rows; one that overflows counts as the largest float32. NaN for a block
+    in which one of them is an infinity or a NaN, and whose signs are then positive."""
+    if n == 0:
+        return
+    total, ahead = torch.empty(n, dtype=torch.float32, device=signs.device), torch.zeros(n, dtype=torch.int32, device=signs.device)
+    sign_decode_sum(total, 1.0, row_signs, row_scales, block)
+    for b in row_signs:
+        ahead += torch.where(unpacked(b, n), 1, -1)
+    scale = torch.empty_like(scales)
+    sum_rows(scale, 1.0, row_scales)
+    usable = torch.isfinite(row_scales).all(0)
+    scales.copy_(torch.where(usable, torch.where(torch.isfinite(scale), scale, LARGEST), NAN))
+    signs.copy_(packed(spread(usable, block, n) & ((ahead > 0) | (ahead == 0) & (total < 0))))
+
+
+def packed(negative: Tensor) -> Tensor:
+    bits = torch.zeros(-(-negative.numel() // 8) * 8, dtype=torch.uint8, device=negative.device)
+    bits[: negative.numel()] = negative
+    return sum(bits[i::8] << i for i in range(8))
+
+
+def unpacked(signs: Tensor, n: int) -> Tensor:
+    return torch.stack([signs >> i & 1 for i in range(8)], 1).flatten()[:n].bool()
