@@ -5,6 +5,7 @@ from collections import defaultdict, deque
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from commopt import parse
 from commopt.collectives import prepare
@@ -50,7 +51,7 @@ class Awaited:
             rows = [row for _, row in sorted(self.network.sums[key], key=lambda pair: pair[0])]
             total = rows[0].clone()
             for row in rows[1:]:
-                total += row
+                total = torch.maximum(total, row) if key[-1] == ReduceOp.MAX else total + row
             x.copy_(total)
         return self.failed
 
@@ -59,7 +60,7 @@ class SimulatedLink:
     def __init__(self, network: Network, me: int, members: tuple[int, ...]):
         self.network, self.members, self.me = network, members, me
         self.rank, self.world = members.index(me), len(members)
-        self._reductions = 0
+        self._reductions = {False: 0, True: 0}
         self._parts: dict[tuple, SimulatedLink] = {}
         self.failures: list[Exception] = []
 
@@ -69,9 +70,12 @@ class SimulatedLink:
     def others(self):
         return [*range(self.rank + 1, self.world), *range(self.rank)]
 
-    def all_reduce(self, x):
-        key = (self.members, self._reductions)
-        self._reductions += 1
+    def open_late(self):
+        pass
+
+    def all_reduce(self, x, op=ReduceOp.SUM, late=False):
+        key = (self.members, late, self._reductions[late], op)
+        self._reductions[late] += 1
         self.network.sums[key].append((self.rank, x.clone()))
         self.network.sent[self.me] += 2 * (self.world - 1) * x.numel() * x.element_size() // self.world
         return Awaited(self.network, total=(key, self.world, x))

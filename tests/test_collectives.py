@@ -36,6 +36,7 @@ def nothing_is_lost(plans, steps: int = 3, seed: int = 0) -> list:
 @pytest.mark.parametrize("spec", [
     "int8:ef=true", "int4", "sign", "fp8:ef=true", "mxfp4", "randomk:ratio=0.05", "powersgd:rank=2,values=float32", "topk:ratio=0.02",
     "topk:ratio=0.02,collective=gather", "topk:ratio=0.02,collective=sparse_two_shot", "topk:ratio=0.02,collective=sparse_two_shot,values=int8",
+    "int8:ef=true,collective=integer_sum", "int4:collective=integer_sum", "int2:collective=integer_sum",
     "topk:ratio=0.02,collective=sparse_two_shot,scope=threshold", "topk:ratio=0.02,collective=sparse_two_shot,scope=block",
 ])
 def test_nothing_is_lost_on_any_number_of_ranks(spec, world):
@@ -44,7 +45,7 @@ def test_nothing_is_lost_on_any_number_of_ranks(spec, world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 8, 64])
-@pytest.mark.parametrize("spec", ["bf16", "fp16", "int8:block=8", "none"])
+@pytest.mark.parametrize("spec", ["bf16", "fp16", "int8:block=8", "int8:block=8,collective=integer_sum", "none"])
 def test_sums_of_small_integers_are_exact(spec, world):
     """A mean of 1 to 64 ranks of multiples of the world's size, small enough for each format and for its sum."""
     n = 64 * 40

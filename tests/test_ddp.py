@@ -16,6 +16,7 @@ RULES = {"embed*": "int8:ef=true", "*.bias|*norm*|scale": "none", "fc1*": "topk:
 SPECS = [
     "none", "fp16", "bf16", "int8", "int8:ef=true", "int8:rounding=stochastic", "int4", "int4:rounding=stochastic",
     "topk:ratio=0.01", "topk:ratio=0.01,values=bf16", "topk:ratio=0.01,values=int8", "topk:ratio=0.01,warmup=4", "topk:ratio=1.0",
+    "int8:ef=true,collective=integer_sum", "int4:collective=integer_sum",
 ]
 
 
@@ -60,7 +61,8 @@ def test_all_ranks_hold_the_same_bits_and_nothing_is_lost(rank, world, spec, rul
 
 @pytest.mark.parametrize("spec", [
     "fp8", "mxfp8:ef=true", "mxfp4", "nvfp4", "natural", "int2", "ternary", "sign", "int4:rotate=hadamard",
-    "topk:ratio=0.05,scope=block,values=fp8", "randomk:ratio=0.1", "powersgd:rank=2", "dct"])
+    "topk:ratio=0.05,scope=block,values=fp8", "randomk:ratio=0.1", "powersgd:rank=2", "dct", "vote",
+    "int2:rounding=stochastic,collective=integer_sum"])
 @each_rank(3)
 def test_so_they_do_with_every_other_method(rank, world, spec):
     test_all_ranks_hold_the_same_bits_and_nothing_is_lost.body(rank, world, spec, None)
@@ -124,7 +126,8 @@ def test_topk_of_everything_is_the_mean(rank, world):
 
 
 # The largest error of one value relative to the largest magnitude of what is encoded, per encoding.
-STEP = {"fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 0.5 / 127, "int8:rounding=stochastic": 1 / 127, "int4:ef=false": 0.5 / 7}
+STEP = {"fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 0.5 / 127, "int8:rounding=stochastic": 1 / 127, "int4:ef=false": 0.5 / 7,
+        "int8:collective=integer_sum": 0.5 / 127}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -4,6 +4,7 @@ encode, yield what has to arrive, and go on when it has. `run` makes (plan, x) -
 from ..plan import Plan
 from .gather import gather
 from .hierarchical import hierarchical
+from .integer_sum import integer_sum
 from .phases import Prepared
 from .rounds import rounds
 from .sparse_two_shot import sparse_two_shot
@@ -12,7 +13,7 @@ from .two_shot import two_shot
 
 COLLECTIVES = {
     "sum": sum, "gather": gather, "two_shot": two_shot, "sparse_two_shot": sparse_two_shot, "rounds": rounds,
-    "hierarchical": lambda plan: hierarchical(plan, prepare),
+    "integer_sum": integer_sum, "hierarchical": lambda plan: hierarchical(plan, prepare),
 }
 
 

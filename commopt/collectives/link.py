@@ -43,6 +43,7 @@ class Link:
         self.rank, self.world = members.index(dist.get_rank(group)), len(members)
         self._peers = [dist.get_global_rank(group, r) for r in members]
         self._parts: dict[tuple[int, ...], Link] = {}
+        self._late: dist.ProcessGroup | None = None
 
     def among(self, members: tuple[int, ...]) -> "Link":
         """The link of some of its ranks, whose numbers there are their places in `members`. All of these call it."""
@@ -53,8 +54,15 @@ class Link:
     def _part(self, members: tuple[int, ...]) -> "Link":
         return type(self)(self.group, self._on_failure, members)
 
-    def all_reduce(self, x: Tensor) -> Pending:
-        return Pending([dist.all_reduce(x, group=self.group, async_op=True)])
+    def open_late(self) -> None:
+        """Makes ready for all_reduce(late=True), the first time by all ranks together."""
+        if self._late is None:
+            self._late = dist.new_group(self._peers, timeout=timeout_of(self.group), backend="gloo", use_local_synchronization=True)
+
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, late: bool = False) -> Pending:
+        """late: not in an exchange's first phase. gloo tells all-reduces apart by their order only, which is the same on all
+        ranks within first phases, and within second ones, but not among both: these have a group of their own."""
+        return Pending([dist.all_reduce(x, op, self._late if late else self.group, async_op=True)])
 
     def others(self) -> list[int]:
         """The other ranks, each beginning with its neighbour so that not all send to the same one first."""
@@ -121,8 +129,11 @@ class DeviceLink(Link):
         group = dist.new_group(ranks, timeout=timeout_of(self.group), backend=backend, use_local_synchronization=True)
         return type(self)(group, self._on_failure)
 
-    def all_reduce(self, x: Tensor) -> Pending:
-        dist.all_reduce(x, group=self.group)
+    def open_late(self) -> None:
+        """The stream orders all of them."""
+
+    def all_reduce(self, x, op=dist.ReduceOp.SUM, late=False):
+        dist.all_reduce(x, op, self.group)
         return Pending()
 
     def scatter(self, departing, arriving, sizes, fill, number, failed=None, coming=None):
@@ -142,9 +153,12 @@ class DeviceLink(Link):
 class StagedLink(Link):
     """Rows of a device over a network that reads only host memory: CUDA tensors on gloo. Each row is copied, and waited for."""
 
-    def all_reduce(self, x: Tensor) -> Pending:
+    def open_late(self) -> None:
+        """Each waits for the one before it."""
+
+    def all_reduce(self, x, op=dist.ReduceOp.SUM, late=False):
         host = x.cpu()
-        failed = super().all_reduce(host).wait()
+        failed = super().all_reduce(host, op).wait()
         x.copy_(host)
         return Pending(failed=failed)
 

@@ -20,7 +20,8 @@ class Compressor:
 
     `collective` says how messages combine: "sum" (an all-reduce of the gradient itself), "gather" (every rank gets every
     message), "two_shot" (shards are summed by their owner, who sends the compressed sum to all), "sparse_two_shot" (the
-    same with shards of equally many entries) or "rounds" (what is sent depends on a mean that came before: such a method
+    same with shards of equally many entries), "integer_sum" (an all-reduce adds integers: such a method has shared_words,
+    measure, encode_shared and decode_shared beside the others) or "rounds" (what is sent depends on a mean that came before: such a method
     has `rounds` and `average` in place of encode and decode_sum). It may be a key of the spec. "auto" leaves it to the number of ranks.
     `biased` is whether the expected decoded value differs from the gradient; then error feedback is what makes it converge.
     `loses` is what a biased one without error feedback loses.

@@ -51,8 +51,7 @@ class _Integers(Compressor):
         stochastic = self.resent().rounding == "stochastic"
         kernels.quant_resum(total.numel(), *rows, residual, kernels.loss_scale, *fields, self.bits, self.block, stochastic, kernels.draw)
 
-    # What an integer_sum does, in this order. absmax: int32 [ceil(n / block)]. codes: uint8 [bytes], a multiple of 4 and at least
-    # ceil(n shared_width(world) / 8).
+    # What an integer_sum does, in this order. absmax: int32 [ceil(n / block)]. codes: uint8, the bytes of whole words.
 
     @property
     def levels(self) -> int:
@@ -65,6 +64,10 @@ class _Integers(Compressor):
                 return width
         raise ValueError(f"{self}: integers of 16 bits hold the sum of {(2**16 - 1) // (2 * self.levels)} ranks at most, not of {world}; "
                          "use collective=two_shot, or fewer bits")
+
+    def shared_words(self, n: int, world: int) -> tuple[int, int]:
+        """int32 words of absmax and of codes."""
+        return -(-n // self.block), -(-n * self.shared_width(world) // 32)
 
     def measure(self, kernels: Any, x: Tensor, residual: Tensor | None, absmax: Tensor) -> None:
         """absmax <- this rank's largest magnitudes. Their maximum over the ranks, as integers, is what the others take."""

@@ -42,7 +42,7 @@ class Plan:
     def _collective(self) -> str:
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16) or self.n == 0:
             return "sum"
-        lossy = {part.compressor.collective for part in self.parts if part.compressor.name != "none"}
+        lossy = {part.compressor.collective for part in self.lossy}
         if "auto" in lossy:
             lossy = lossy - {"auto"} | {"gather" if self.world <= FEW else "sparse_two_shot"}
         for first in ("hierarchical", "rounds"):  # these take the other compressors' messages with them
@@ -52,14 +52,31 @@ class Plan:
         if self.world == 2 and collective in ("two_shot", "sparse_two_shot"):
             collective = "gather"  # as many bytes, in one round, and rounded once
         if collective == "gather" and (self.world - 1) * layout(self.parts, self.exact.numel()).nbytes >= self.reduced:
-            self.parts, self.exact = [Part(0, self.n, parse("none"))], self.exact[:0]  # that would be more than an all-reduce
-            return "sum"
+            return self._summed()  # that would be more than an all-reduce
+        if collective == "integer_sum":
+            words = sum(sum(part.compressor.shared_words(part.stop - part.start, self.world)) for part in self.lossy)
+            if 4 * words >= self.n * self.dtype.itemsize:
+                return self._summed()
         return collective
+
+    def _summed(self) -> str:
+        self.parts, self.exact = [Part(0, self.n, parse("none"))], self.exact[:0]
+        return "sum"
 
     @property
     def reduced(self) -> int:
         """Bytes that each rank sends in a ring or halving all-reduce of the gradient."""
         return 2 * (self.world - 1) * self.n * self.dtype.itemsize // self.world
+
+    @property
+    def lossy(self) -> list[Part]:
+        return [part for part in self.parts if part.compressor.name != "none"]
+
+    @property
+    def exactly(self) -> list[tuple[Tensor | slice, int]]:
+        """Where in the bucket something travels exactly, and how many values: single ones inside parts, and whole parts."""
+        large = [part for part in self.parts if part.compressor.name == "none"]
+        return [(self.exact.to(self.device), self.exact.numel()), *((slice(part.start, part.stop), part.stop - part.start) for part in large)]
 
     @property
     def draw(self) -> tuple[int, int]:
@@ -88,7 +105,7 @@ class Plan:
         plan.rank, plan.world, plan.weight = rank, world, 1.0
         plan.dtype, plan.n, plan.name = torch.float32, stop - start, f"{self.name}+{start}"
         plan.collective = plan._collective()
-        if plan.collective == "sum":
+        if plan.collective in ("sum", "integer_sum"):  # an all-reduce is one of all ranks
             plan.collective = "gather" if world == 2 else "two_shot"
         return plan
 

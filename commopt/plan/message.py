@@ -1,6 +1,7 @@
 """How one stretch of a bucket becomes a row of bytes, and rows become their sum."""
 
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,18 +37,18 @@ class Message:
         if self.exact.numel():
             exact.copy_(x[self.exact])
             x.index_fill_(0, self.exact, 0)
-        for part, kernels, fields in self._ready(groups, draw, loss_scale):
-            part.compressor.encode(kernels, x[part.start : part.stop], _of(part, residual), *fields)
+        for (part, kernels), fields in zip(self.ready(draw, loss_scale), groups):
+            part.compressor.encode(kernels, x[part.start : part.stop], part.of(residual), *fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
 
-    def _ready(self, groups: list, draw: tuple[int, int], loss_scale: Tensor | None):
-        """(part, its kernels as the step needs them, its fields)"""
-        for part, kernels, fields, (stream, shared) in zip(self.parts, self.kernels, groups, self._streams):
+    def ready(self, draw: tuple[int, int], loss_scale: Tensor | None) -> Iterator[tuple[Part, backends.Kernels]]:
+        """Each part, and its kernels as the step needs them."""
+        for part, kernels, (stream, shared) in zip(self.parts, self.kernels, self._streams):
             kernels.draw, kernels.shared_draw = (*draw, stream), (*draw, shared)
             if loss_scale is not None:
                 kernels.loss_scale = loss_scale
-            yield part, kernels, fields
+            yield part, kernels
 
     def resum(self, total: Tensor, residual: Tensor | None, rows: Tensor, row: Tensor, draw: tuple[int, int], loss_scale: Tensor | None) -> None:
         """row <- the message of the sum of the rows and the residual. total: float32 [n], to work in."""
@@ -55,8 +56,8 @@ class Message:
         into, exact_sum = self._fields(row)
         if self.exact.numel():
             _sum_in_order(exact, exact_sum)
-        for (part, kernels, fields), summands in zip(self._ready(into, draw, loss_scale), groups):
-            kept = _of(part._replace(compressor=part.compressor.resent()), residual)
+        for (part, kernels), fields, summands in zip(self.ready(draw, loss_scale), into, groups):
+            kept = part._replace(compressor=part.compressor.resent()).of(residual)
             part.compressor.resum(kernels, total[part.start : part.stop], kept, summands, fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
@@ -78,11 +79,6 @@ class Message:
             names = [name for name, _, _ in part.fields]
             seen &= part.compressor.finite(dict(zip(names, fields)))
         return seen
-
-
-def _of(part: Part, residual: Tensor | None) -> Tensor | None:
-    kept = part.kept(residual)
-    return None if kept is None else kept[..., part.start : part.stop]
 
 
 def _sum_in_order(rows: Tensor, total: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ class Part(NamedTuple):
             return None
         return residual[0] if residual.dim() > 1 and self.compressor.slots == 1 else residual
 
+    def of(self, residual: Tensor | None) -> Tensor | None:
+        """Its stretch of that."""
+        kept = self.kept(residual)
+        return None if kept is None else kept[..., self.start : self.stop]
+
     def within(self, start: int, stop: int) -> "Part":
         """What lies in a stretch of the bucket."""
         tensors = tuple(tensor for tensor in self.tensors if start <= tensor[0] < stop)

@@ -1,0 +1,176 @@
+"""What each collective costs, and whether `commopt.tuning` knew: one bucket, exchanged again and again over a slow link.
+
+    python -m commopt bench collectives --emulate 1gbit --world 4
+
+    sent       bytes that a rank hands to the network in an exchange, as the collective says
+    counted    bytes that leave its interface, protocol headers included (with --emulate)
+    rounds     how often it waits for the others
+    passes     encoding, adding and decoding, in units of the time that copying the bucket takes
+    floor      sent / rate (with --emulate)
+    predicted  by commopt.tuning.cost, from the network as commopt.tuning.probe finds it and from the work on this machine,
+               which all ranks measure at the same time
+    measured   median over the rounds of the slowest rank, from the beginning to the mean
+    of plain   measured, as a fraction of that of `none`
+
+Every spec's mean is verified first: the same bits on all ranks, and what was sent and what is kept add up to what there was,
+or, without error feedback, the mean is near the exact one.
+"""
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import zlib
+
+import torch
+import torch.distributed as dist
+
+import commopt
+from commopt.collectives import prepare
+from commopt.compressors import STEADY, parse
+from commopt.hooks.traffic import Traffic
+from commopt.plan import Parameter, Plan
+from commopt.tuning import cost, probe
+from commopt.tuning.probe import timed
+
+from . import launch, link
+from .steps import cell, kernels_in_use, link_of
+
+SPECS = ("none,bf16,int8,int4,int8:collective=integer_sum,int4:collective=integer_sum,sign,topk:ratio=0.01,collective=gather,"
+         "topk:ratio=0.01,collective=sparse_two_shot,powersgd:rank=4,intra=none,inter=int4")
+WIDTH = 2560  # of a row of the bucket: a layer's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--spec", default=SPECS, help="specs, separated by blanks or by commas before a name; none is always run")
+    parser.add_argument("--emulate", metavar="RATE", help="over a link shaped to RATE per rank, such as 1gbit; needs root. Default: the loopback")
+    parser.add_argument("--world", type=int, default=2, help="number of ranks; a spec with intra= takes them as machines of two")
+    parser.add_argument("--rows", type=int, default=2560, help=f"rows of {WIDTH} float32 in the bucket; 2560 make 25 MiB")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every spec")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for everything")
+
+
+def main(args: argparse.Namespace) -> tuple[dict, str]:
+    """The result, and the table that shows it."""
+    specs = list(dict.fromkeys(["none", *launch.split_specs(args.spec)]))
+    for spec in specs:
+        commopt.parse(spec)
+    if args.world < 2 or args.rounds < 1 or args.rows < 1:
+        raise ValueError(f"a bench needs at least 2 ranks, 1 round and 1 row, got --world {args.world} --rounds {args.rounds} --rows {args.rows}")
+    arguments = {"specs": specs, "rows": args.rows, "rounds": args.rounds, "rate": args.emulate}
+    result = launch.run("commopt.bench.collectives", arguments, args.world, timeout=args.timeout, link=link_of(args.world, args.emulate))
+    for row in result["rows"]:
+        row["of_plain"] = row["measured_ms"] / result["rows"][0]["measured_ms"]
+        row["floor_ms"] = 8e3 * row["sent"] / link.bits_per_second(args.emulate) if args.emulate else None
+    return result, table(result)
+
+
+def table(result: dict) -> str:
+    width = max(len(row["spec"]) for row in result["rows"]) + 1
+    lines = [f"{'spec':{width}}{'collective':>17}{'sent MB':>9}{'counted':>9}{'rounds':>8}{'passes':>8}{'floor ms':>10}{'predicted':>11}{'measured':>10}{'pred/meas':>11}{'of plain':>10}"]
+    for row in result["rows"]:
+        lines.append(f"{row['spec']:{width}}{row['collective']:>17}{row['sent'] / 1e6:>9.3f}" + cell(row["counted"] and row["counted"] / 1e6, 9, 3)
+                     + f"{row['rounds']:>8}{row['passes']:>8.1f}" + cell(row["floor_ms"], 10, 1)
+                     + f"{row['predicted_ms']:>11.1f}{row['measured_ms']:>10.1f}{row['predicted_ms'] / row['measured_ms']:>11.2f}{row['of_plain']:>10.3f}")
+    what = result["what"]
+    lines.append(f"a bucket of {what['elements'] * 4 / 2**20:.1f} MiB, {what['world']} ranks of {what['threads']} threads, {what['rounds']} rounds, link {what['link']}, "
+                 f"found to have {1e3 * what['latency']:.2f} ms and {8e-6 * what['rate']:.0f} Mbit/s, kernels {what['kernels']}, torch {what['torch']}, commopt {what['commopt']}")
+    return "\n".join(lines)
+
+
+class Candidate:
+    """A spec's plan and residual, and what was measured of it on this rank."""
+
+    def __init__(self, number: int, spec: str, shape: tuple[int, int], traffic: Traffic):
+        world = traffic.world
+        nodes = tuple(tuple(range(r, min(r + 2, world))) for r in range(0, world, 2)) if spec.startswith("intra=") else ()
+        parameters = [Parameter("weight", torch.Size(shape), shape[0] * shape[1])]
+        self.spec, self.traffic, self.nodes = spec, traffic, nodes
+        self.plan = Plan(number, parameters, torch.float32, torch.device("cpu"), parse(spec).at(STEADY), {}, traffic.rank, world, nodes=nodes)
+        self.prepared = prepare(self.plan)
+        self.residual = torch.zeros(self.plan.n) if self.plan.wants_residual else None
+        self.seconds: list[float] = []
+        self.counted: list[int] = []
+
+    def exchange(self, x: torch.Tensor) -> None:
+        self.plan.step += 1
+        future = self.traffic.exchange(self.prepared, x, self.residual)
+        self.traffic.close_batch()
+        future.wait()
+        self.traffic.alarm.raise_if_any(0)
+
+    def verify(self, x: torch.Tensor) -> None:
+        """RuntimeError unless it averages x as it promises, in its first exchange."""
+        exact = x.double()
+        dist.all_reduce(exact)
+        exact /= self.plan.world
+        mean = x.clone()
+        self.exchange(mean)
+        digests = [None] * self.plan.world
+        dist.all_gather_object(digests, zlib.crc32(mean.numpy()))
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"{self.spec}: the ranks hold different means")
+        kept = self.residual.double() if self.residual is not None else torch.zeros(self.plan.n, dtype=torch.float64)
+        dist.all_reduce(kept)
+        off = float((mean + kept / self.plan.world - exact).norm() / exact.norm())
+        if not off <= (1e-5 if self.residual is not None or self.spec == "none" else 0.3):
+            raise RuntimeError(f"{self.spec}: what was sent and what was kept should be the exact mean, but is {off:.1e} of its norm away")
+
+
+def worker() -> None:
+    arguments = launch.worker_arguments()
+    dist.init_process_group("gloo")
+    rate, shape = arguments["rate"], (arguments["rows"], WIDTH)
+    group = dist.new_group(backend="gloo")
+
+    def fail(error: Exception, where: str) -> None:
+        traffic.alarm.post(error, where, 0)
+
+    traffic, numbers = Traffic(None, fail), itertools.count(1)
+    gradient = torch.randn(shape[0] * shape[1], generator=torch.Generator().manual_seed(dist.get_rank()))
+    with link.unshaped(rate) if rate else contextlib.nullcontext():
+        candidates = []
+        for spec in arguments["specs"]:
+            launch.progress(f"{spec}: verifying")
+            candidates.append(Candidate(next(numbers), spec, shape, traffic))
+            candidates[-1].verify(gradient)
+        dist.barrier()
+    dist.barrier()
+    network = probe(commopt.collectives.link.Link(traffic.control, lambda error: None), group, 0)
+    predicted = {}
+    for c in candidates:
+        launch.progress(f"{c.spec}: predicting")
+        dist.barrier(group)  # all ranks work at the same time, as they will in the exchange
+        predicted[c.spec] = cost(c.spec, shape, traffic.world, network, rank=traffic.rank, nodes=c.nodes)
+    for turn in range(-1, arguments["rounds"]):  # the first uses up what the network lets through at once
+        for c in candidates:
+            launch.progress(f"round {turn + 1}/{arguments['rounds']}: {c.spec}")
+            x, before = gradient.roll(turn), link.counters()[0] if rate else 0
+            took = timed(lambda: c.exchange(x), group)
+            dist.barrier(group)
+            if turn >= 0:
+                c.seconds.append(took)
+                c.counted.append(link.counters()[0] - before if rate else 0)
+    rows = [row(c, predicted[c.spec], bool(rate)) for c in candidates]
+    what = {"elements": shape[0] * shape[1], "world": traffic.world, "threads": torch.get_num_threads(), "rounds": arguments["rounds"], "link": rate or "loopback",
+            "latency": network.latency, "rate": network.rate, "kernels": kernels_in_use(), "torch": torch.__version__, "commopt": commopt.__version__}
+    launch.finish({"what": what, "rows": rows})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def row(c: Candidate, predicted, emulated: bool) -> dict:
+    """What all ranks together found. Of bytes, work and times, those of the rank that has most."""
+    mine = torch.tensor([*c.seconds, *c.counted, c.plan.sent, predicted.seconds, predicted.passes, predicted.work], dtype=torch.float64)
+    dist.all_reduce(mine, dist.ReduceOp.MAX)
+    rounds = len(c.seconds)
+    sent, seconds, passes, work = mine[2 * rounds :].tolist()
+    return {
+        "spec": c.spec, "collective": c.plan.collective, "sent": int(sent), "counted": statistics.median(mine[rounds : 2 * rounds].tolist()) if emulated else None,
+        "rounds": predicted.rounds, "passes": passes, "work_ms": 1e3 * work, "predicted_ms": 1e3 * seconds,
+        "measured_ms": 1e3 * statistics.median(mine[:rounds].tolist()), "times_ms": (1e3 * mine[:rounds]).tolist(),
+    }
+
+
+if __name__ == "__main__":
+    worker()
