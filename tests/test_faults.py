@@ -161,7 +161,19 @@ def test_ranks_whose_handles_are_changed_differently_get_the_same_error(rank, wo
 
 # --- ranks that fail ---
 
-fail = {"encode": False, "decode_sum": False}  # what raises now, in this process
+fail = {"encode": False, "decode_sum": False}  # what raises now, or ends the process, in this one
+
+
+def _fault(where: str) -> None:
+    if fail[where] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fail[where]:
+        raise OSError("the dog ate it")
+
+
+def machines(rank: int, of: int = 2) -> None:
+    """Ranks as torchrun numbers them on machines of so many."""
+    os.environ |= {"LOCAL_RANK": str(rank % of), "LOCAL_WORLD_SIZE": str(of)}
 
 
 class _Failing(commopt.Compressor):
@@ -169,13 +181,11 @@ class _Failing(commopt.Compressor):
         return [("values", torch.bfloat16, n)]
 
     def encode(self, kernels, x, residual, values):
-        if fail["encode"]:
-            raise OSError("the dog ate it")
+        _fault("encode")
         kernels.dense_encode(x, residual, kernels.loss_scale, values)
 
     def decode_sum(self, kernels, out, weight, values):
-        if fail["decode_sum"]:
-            raise OSError("the dog ate it")
+        _fault("decode_sum")
         kernels.dense_decode_sum(out, weight, values)
 
 
@@ -190,6 +200,7 @@ class FailingTwoShot(_Failing):
 
 
 def _fail_in(rank: int, world: int, spec: str, where: str, culprit: int) -> list[str]:
+    machines(rank)
     ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
     commopt.attach(ddp, spec, start_step=0)
     for step in range(3):
@@ -209,10 +220,10 @@ def _fail_in(rank: int, world: int, spec: str, where: str, culprit: int) -> list
     return [str(e) for e in errors]
 
 
-@pytest.mark.parametrize("spec", ["failing_gather", "failing_two_shot"])
+@pytest.mark.parametrize("spec, world", [("failing_gather", 3), ("failing_two_shot", 3), ("intra=none,inter=failing_two_shot", 4), ("intra=failing_two_shot,inter=int4", 4)])
 @pytest.mark.parametrize("culprit", [0, 2])
-def test_a_rank_that_fails_to_encode_makes_all_raise(spec, culprit):
-    texts = run(3, _fail_in, spec=spec, where="encode", culprit=culprit)
+def test_a_rank_that_fails_to_encode_makes_all_raise(spec, world, culprit):
+    texts = run(world, _fail_in, spec=spec, where="encode", culprit=culprit)
     assert all(len(t) == 2 and t[0] == t[1] == texts[0][0] for t in texts), texts
     assert f"rank {culprit} failed" in texts[0][0] and "OSError: the dog ate it" in texts[0][0], texts
 
@@ -297,6 +308,7 @@ def test_a_result_is_always_valid(rank, world):
 
 
 def _lose(rank: int, world: int, sign: int, spec: str) -> tuple[str, float]:
+    machines(rank)
     ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
     commopt.attach(ddp, spec, start_step=0)
     for step in range(3):
@@ -312,16 +324,40 @@ def _lose(rank: int, world: int, sign: int, spec: str) -> tuple[str, float]:
     return str(error), took
 
 
-@pytest.mark.parametrize("spec", ["int8", "topk:ratio=0.05", "none"])
-def test_a_rank_that_dies_is_reported_by_all_others(spec):
-    for text, took in run(3, _lose, lost=(2,), sign=signal.SIGKILL, spec=spec):
-        assert took < 5 and "bucket" in text and "among ranks [0, 1, 2]" in text, text
+def _die_in(rank: int, world: int, spec: str, where: str) -> tuple[str, float]:
+    machines(rank)
+    ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
+    commopt.attach(ddp, spec, start_step=0)
+    for step in range(3):
+        given_step(ddp, rank, step)
+    fail[where] = "die" if rank == 1 else False
+    begin = time.monotonic()
+    error = raised(given_step, ddp, rank, 3) or raised(given_step, ddp, rank, 4)  # whom its last row had reached ends that step
+    assert type(error) is RuntimeError, error
+    return str(error), time.monotonic() - begin
 
 
-@pytest.mark.parametrize("spec", ["int8", "topk:ratio=0.05"])
-def test_a_rank_that_hangs_is_reported_after_the_timeout(spec):
-    for text, took in run(3, _lose, lost=(2,), sign=signal.SIGSTOP, spec=spec, timeout=3):
-        assert 2 < took < 10 and "bucket" in text and "among ranks [0, 1, 2]" in text, (took, text)
+@pytest.mark.parametrize("spec, world", [("failing_two_shot", 3), ("intra=failing_two_shot,inter=int4", 4), ("intra=none,inter=failing_two_shot", 4)])
+@pytest.mark.parametrize("where", ["encode", "decode_sum"])
+def test_a_rank_that_dies_in_the_middle_of_an_exchange_is_reported_by_all_others(spec, world, where):
+    """While it encodes its share, or after its rows have been sent and before it sends the sum."""
+    for text, took in run(world, _die_in, lost=(1,), spec=spec, where=where):
+        assert took < 5 and "among ranks" in text, (took, text)
+
+
+LOST = [("int8", 3), ("topk:ratio=0.05", 3), ("int8:collective=integer_sum", 3), ("powersgd:rank=2", 3), ("intra=none,inter=int4", 4)]
+
+
+@pytest.mark.parametrize("spec, world", [*LOST, ("none", 3)])
+def test_a_rank_that_dies_is_reported_by_all_others(spec, world):
+    for text, took in run(world, _lose, lost=(world - 1,), sign=signal.SIGKILL, spec=spec):
+        assert took < 5 and "bucket" in text and f"among ranks {list(range(world))}" in text, text
+
+
+@pytest.mark.parametrize("spec, world", LOST)
+def test_a_rank_that_hangs_is_reported_after_the_timeout(spec, world):
+    for text, took in run(world, _lose, lost=(world - 1,), sign=signal.SIGSTOP, spec=spec, timeout=3):
+        assert 2 < took < 10 and "bucket" in text and f"among ranks {list(range(world))}" in text, (took, text)
 
 
 # --- the end of the process ---
