@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="stretches of text per rank and step")
     parser.add_argument("--width", type=int, default=128, help="of the GPT; 128 gives 1.1M parameters")
     parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--emulate", metavar="RATE", help="over a shaped link, such as 100mbit; needs root")
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for everything")
@@ -70,7 +71,7 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
     """One training run on this rank; the held-out loss, seconds and bytes so far at every `eval_every`-th step."""
     rank = dist.get_rank()
     torch.manual_seed(seed)
-    ddp, handle = candidates.wrap(spec, ByteGPT(args.width, args.layers), seed=seed)
+    ddp, handle = candidates.wrap(spec, ByteGPT(args.width, args.layers), seed=seed, bucket_mb=args.bucket_mb)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
     training, held_out = text.standard_library()
@@ -121,7 +122,7 @@ def worker() -> None:
         for spec in args.specs:
             runs[spec].append(train(spec, seed, args))
     what = {"parameters": sum(p.numel() for p in ByteGPT(args.width, args.layers).parameters()), "world": args.world, "steps": args.steps,
-            "seeds": args.seeds, "lr": args.lr, "link": args.emulate or "loopback", "torch": torch.__version__, "commopt": commopt.__version__}
+            "seeds": args.seeds, "lr": args.lr, "bucket_mb": args.bucket_mb, "link": args.emulate or "loopback", "torch": torch.__version__, "commopt": commopt.__version__}
     launch.finish({"what": what, "runs": runs})
     dist.destroy_process_group()
 

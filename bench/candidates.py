@@ -20,10 +20,12 @@ def check(specs: list[str]) -> None:
             commopt.parse(spec)
 
 
-def wrap(spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0) -> tuple[DistributedDataParallel, commopt.State | None]:
-    """The model in DDP with the hook that spec names, and the handle where it is ours. steady: without its warm-up."""
-    # PyTorch's PowerSGD deadlocks on gloo as soon as there are two buckets.
-    ddp = DistributedDataParallel(model, **({"bucket_cap_mb": 1 << 20} if spec in POWERSGD else {}))
+def wrap(
+    spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0
+) -> tuple[DistributedDataParallel, commopt.State | None]:
+    """The model in DDP with the hook that spec names, and the handle where it is ours. steady: without its warm-up.
+    bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1 << 20 if spec in POWERSGD else bucket_mb)
     handle = None
     if spec in POWERSGD:
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWERSGD[spec], start_powerSGD_iter=POWERSGD_STARTS)

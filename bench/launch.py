@@ -112,13 +112,17 @@ def finish(result: Any) -> None:
 
 
 def split_specs(text: str) -> list[str]:
-    """"none,int4:block=64,ef=false topk" -> three specs. Blanks separate them, and commas unless a key follows."""
+    """"none,int4:block=64,ef=false topk" -> three specs. Blanks separate them, and commas unless a key follows; `intra=` begins one."""
     specs: list[str] = []
-    for item in text.replace(",", " ").split():
-        if specs and "=" in item and ":" not in item:
-            specs[-1] += "," + item
-        else:
-            specs.append(item)
+    for some in text.split():
+        begins = True
+        for item in filter(None, some.split(",")):
+            key = item.split(":")[0].partition("=")  # of "inter=int4:block=64" too
+            if not begins and key[1] and key[0] != "intra":
+                specs[-1] += "," + item
+            else:
+                specs.append(item)
+            begins = False
     if not specs:
         raise ValueError(f"at least one spec is needed, got {text!r}")
     return specs

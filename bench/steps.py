@@ -70,7 +70,7 @@ def serve(work: Work, arguments: dict[str, Any]) -> None:
     dist.init_process_group("gloo")
     rate = arguments["rate"]
     with link.unshaped(rate) if rate else contextlib.nullcontext():
-        candidates = prepare(work, arguments["specs"])
+        candidates = prepare(work, arguments["specs"], arguments.get("bucket_mb", 25.0))
         dist.barrier()
     dist.barrier()
     measure(candidates, arguments["rounds"], (lambda: link.counters()[0]) if rate else (lambda: 0))
@@ -130,13 +130,13 @@ class Candidate:
         return bytes_per_step(self.spec, self.ddp, self.handle)
 
 
-def candidate(spec: str, work: Work, shared: list[Tensor]) -> Candidate:
+def candidate(spec: str, work: Work, shared: list[Tensor], bucket_mb: float) -> Candidate:
     """`shared`: the parameters of the first candidate, which the others use too; a step does not change them."""
     torch.manual_seed(0)
     model = work.model()
     for mine, other in zip(model.parameters(), shared):
         mine.data = other.data
-    ddp, handle = wrap(spec, model, steady=True)
+    ddp, handle = wrap(spec, model, steady=True, bucket_mb=bucket_mb)
     return Candidate(spec, work, ddp, handle)
 
 
@@ -174,14 +174,14 @@ def verify(c: Candidate, exact: Tensor, plain: Tensor) -> None:
         raise RuntimeError("none: the mean differs from plain DDP's")
 
 
-def prepare(work: Work, specs: list[str]) -> list[Candidate]:
+def prepare(work: Work, specs: list[str], bucket_mb: float) -> list[Candidate]:
     """The candidates, verified and warm."""
     candidates: list[Candidate] = []
     shared: list[Tensor] = []
     exact = plain = torch.empty(0)
     for spec in specs:
         launch.progress(f"{spec}: verifying")
-        c = candidate(spec, work, shared)
+        c = candidate(spec, work, shared, bucket_mb)
         if not candidates:
             shared, exact = list(c.ddp.parameters()), exact_mean(c)
         # Ours compresses the second step first, with residuals of zero, and PowerSGD the third.

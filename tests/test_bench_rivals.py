@@ -8,7 +8,7 @@ import pytest
 from commopt.__main__ import main
 from commopt.bench import rivals
 
-WHAT = {"parameters": 1000, "world": 2, "steps": 400, "seeds": 2, "lr": 1e-3}
+WHAT = {"parameters": 1000, "world": 2, "steps": 400, "seeds": 2, "lr": 1e-3, "bucket_mb": 1.0}
 TINY = ["--spec", "torch:fp16,torch:powersgd1,int8,powersgd:rank=2", "--width", "32", "--layers", "1", "--batch", "2", "--rounds", "2"]
 
 

@@ -128,6 +128,7 @@ def test_mistakes_are_named(argv, words, capsys):
 
 def test_specs_are_split_before_names():
     assert launch.split_specs("none,int4:block=64,ef=false topk:ratio=0.1") == ["none", "int4:block=64,ef=false", "topk:ratio=0.1"]
+    assert launch.split_specs("int8,intra=none,inter=int4:block=64,ef=true,none") == ["int8", "intra=none,inter=int4:block=64,ef=true", "none"]
     with pytest.raises(ValueError, match="at least one spec"):
         launch.split_specs(" , ")
 
