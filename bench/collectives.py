@@ -2,8 +2,10 @@
 
     python -m commopt bench collectives --emulate 1gbit --world 4
 
+    python -m commopt bench collectives --emulate 1gbit --world 4 --machine 2
+
     sent       bytes that a rank hands to the network in an exchange, as the collective says
-    counted    bytes that leave its interface, protocol headers included (with --emulate)
+    counted    bytes that leave its interface, or that of its machine, protocol headers included (with --emulate)
     rounds     how often it waits for the others
     passes     encoding, adding and decoding, in units of the time that copying the bucket takes
     floor      sent / rate (with --emulate)
@@ -27,7 +29,9 @@ import torch.distributed as dist
 
 import commopt
 from commopt.collectives import prepare
+from commopt.collectives.link import Link
 from commopt.compressors import STEADY, parse
+from commopt.hooks.agreement import nodes as hosts
 from commopt.hooks.traffic import Traffic
 from commopt.plan import Parameter, Plan
 from commopt.tuning import cost, probe
@@ -37,14 +41,15 @@ from . import launch, link
 from .steps import cell, kernels_in_use, link_of
 
 SPECS = ("none,bf16,int8,int4,int8:collective=integer_sum,int4:collective=integer_sum,sign,topk:ratio=0.01,collective=gather,"
-         "topk:ratio=0.01,collective=sparse_two_shot,powersgd:rank=4,intra=none,inter=int4")
+         "topk:ratio=0.01,collective=sparse_two_shot,powersgd:rank=4,intra=none,inter=bf16,intra=none,inter=int4")
 WIDTH = 2560  # of a row of the bucket: a layer's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", default=SPECS, help="specs, separated by blanks or by commas before a name; none is always run")
     parser.add_argument("--emulate", metavar="RATE", help="over a link shaped to RATE per rank, such as 1gbit; needs root. Default: the loopback")
-    parser.add_argument("--world", type=int, default=2, help="number of ranks; a spec with intra= takes them as machines of two")
+    parser.add_argument("--world", type=int, default=2, help="number of ranks")
+    parser.add_argument("--machine", type=int, default=1, help="ranks on each machine, which share its link; a divisor of --world")
     parser.add_argument("--rows", type=int, default=2560, help=f"rows of {WIDTH} float32 in the bucket; 2560 make 25 MiB")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every spec")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for everything")
@@ -55,13 +60,16 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
     specs = list(dict.fromkeys(["none", *launch.split_specs(args.spec)]))
     for spec in specs:
         commopt.parse(spec)
-    if args.world < 2 or args.rounds < 1 or args.rows < 1:
-        raise ValueError(f"a bench needs at least 2 ranks, 1 round and 1 row, got --world {args.world} --rounds {args.rounds} --rows {args.rows}")
-    arguments = {"specs": specs, "rows": args.rows, "rounds": args.rounds, "rate": args.emulate}
-    result = launch.run("commopt.bench.collectives", arguments, args.world, timeout=args.timeout, link=link_of(args.world, args.emulate))
+    if args.world < 2 or args.rounds < 1 or args.rows < 1 or args.machine < 1 or args.world % args.machine:
+        raise ValueError(f"a bench needs at least 2 ranks, 1 round, 1 row and machines of a divisor of the ranks, got --world {args.world} "
+                         f"--rounds {args.rounds} --rows {args.rows} --machine {args.machine}")
+    network = link_of(args.world, args.emulate, args.machine)
+    arguments = {"specs": specs, "rows": args.rows, "rounds": args.rounds, "rate": args.emulate, "machine": args.machine,
+                 "uplinks": network.machines if network else []}
+    result = launch.run("commopt.bench.collectives", arguments, args.world, timeout=args.timeout, link=network, machine=args.machine)
     for row in result["rows"]:
         row["of_plain"] = row["measured_ms"] / result["rows"][0]["measured_ms"]
-        row["floor_ms"] = 8e3 * row["sent"] / link.bits_per_second(args.emulate) if args.emulate else None
+        row["floor_ms"] = 8e3 * row["sent"] / link.bits_per_second(args.emulate) if args.emulate and args.machine == 1 else None
     return result, table(result)
 
 
@@ -73,19 +81,18 @@ def table(result: dict) -> str:
                      + f"{row['rounds']:>8}{row['passes']:>8.1f}" + cell(row["floor_ms"], 10, 1)
                      + f"{row['predicted_ms']:>11.1f}{row['measured_ms']:>10.1f}{row['predicted_ms'] / row['measured_ms']:>11.2f}{row['of_plain']:>10.3f}")
     what = result["what"]
-    lines.append(f"a bucket of {what['elements'] * 4 / 2**20:.1f} MiB, {what['world']} ranks of {what['threads']} threads, {what['rounds']} rounds, link {what['link']}, "
-                 f"found to have {1e3 * what['latency']:.2f} ms and {8e-6 * what['rate']:.0f} Mbit/s, kernels {what['kernels']}, torch {what['torch']}, commopt {what['commopt']}")
+    lines.append(f"a bucket of {what['elements'] * 4 / 2**20:.1f} MiB, {what['world']} ranks of {what['threads']} threads, {what['machine']} to a machine, {what['rounds']} rounds, link {what['link']}, "
+                 f"found to have {1e3 * what['latency']:.2f} ms and {8e-6 * what['rate']:.0f} Mbit/s for a rank, kernels {what['kernels']}, torch {what['torch']}, commopt {what['commopt']}")
     return "\n".join(lines)
 
 
 class Candidate:
     """A spec's plan and residual, and what was measured of it on this rank."""
 
-    def __init__(self, number: int, spec: str, shape: tuple[int, int], traffic: Traffic):
+    def __init__(self, number: int, spec: str, shape: tuple[int, int], traffic: Traffic, nodes: tuple[tuple[int, ...], ...]):
         world = traffic.world
-        nodes = tuple(tuple(range(r, min(r + 2, world))) for r in range(0, world, 2)) if spec.startswith("intra=") else ()
         parameters = [Parameter("weight", torch.Size(shape), shape[0] * shape[1])]
-        self.spec, self.traffic, self.nodes = spec, traffic, nodes
+        self.spec, self.traffic = spec, traffic
         self.plan = Plan(number, parameters, torch.float32, torch.device("cpu"), parse(spec).at(STEADY), {}, traffic.rank, world, nodes=nodes)
         self.prepared = prepare(self.plan)
         self.residual = torch.zeros(self.plan.n) if self.plan.wants_residual else None
@@ -120,7 +127,7 @@ class Candidate:
 def worker() -> None:
     arguments = launch.worker_arguments()
     dist.init_process_group("gloo")
-    rate, shape = arguments["rate"], (arguments["rows"], WIDTH)
+    rate, shape, machine = arguments["rate"], (arguments["rows"], WIDTH), arguments["machine"]
     group = dist.new_group(backend="gloo")
 
     def fail(error: Exception, where: str) -> None:
@@ -128,32 +135,39 @@ def worker() -> None:
 
     traffic, numbers = Traffic(None, fail), itertools.count(1)
     gradient = torch.randn(shape[0] * shape[1], generator=torch.Generator().manual_seed(dist.get_rank()))
-    with link.unshaped(rate) if rate else contextlib.nullcontext():
+    nodes = hosts(traffic.control)
+    uplink = arguments["uplinks"][traffic.rank // machine] if arguments["uplinks"] else None
+    count = lambda: 0 if not rate else link.counters(uplink, link.UPLINK)[0] if uplink else link.counters()[0]
+    with link.unshaped(rate) if rate and not uplink else contextlib.nullcontext():
         candidates = []
         for spec in arguments["specs"]:
             launch.progress(f"{spec}: verifying")
-            candidates.append(Candidate(next(numbers), spec, shape, traffic))
+            candidates.append(Candidate(next(numbers), spec, shape, traffic, nodes))
             candidates[-1].verify(gradient)
         dist.barrier()
     dist.barrier()
-    network = probe(commopt.collectives.link.Link(traffic.control, lambda error: None), group, 0)
+    everyone = Link(traffic.control, lambda error: None)
+    alike = tuple(ranks[traffic.rank % machine] for ranks in nodes)  # one of each machine, all of which share its link
+    near = probe(everyone.among(nodes[traffic.rank // machine]), group, 0) if machine > 1 else None
+    far = probe(everyone.among(alike), group, 0) if len(nodes) > 1 else near
     predicted = {}
     for c in candidates:
         launch.progress(f"{c.spec}: predicting")
         dist.barrier(group)  # all ranks work at the same time, as they will in the exchange
-        predicted[c.spec] = cost(c.spec, shape, traffic.world, network, rank=traffic.rank, nodes=c.nodes)
+        predicted[c.spec] = cost(c.spec, shape, traffic.world, far, near=near, rank=traffic.rank, nodes=nodes)
     for turn in range(-1, arguments["rounds"]):  # the first uses up what the network lets through at once
         for c in candidates:
             launch.progress(f"round {turn + 1}/{arguments['rounds']}: {c.spec}")
-            x, before = gradient.roll(turn), link.counters()[0] if rate else 0
+            x, before = gradient.roll(turn), count()
+            dist.barrier(group)
             took = timed(lambda: c.exchange(x), group)
             dist.barrier(group)
             if turn >= 0:
                 c.seconds.append(took)
-                c.counted.append(link.counters()[0] - before if rate else 0)
+                c.counted.append(count() - before)
     rows = [row(c, predicted[c.spec], bool(rate)) for c in candidates]
-    what = {"elements": shape[0] * shape[1], "world": traffic.world, "threads": torch.get_num_threads(), "rounds": arguments["rounds"], "link": rate or "loopback",
-            "latency": network.latency, "rate": network.rate, "kernels": kernels_in_use(), "torch": torch.__version__, "commopt": commopt.__version__}
+    what = {"elements": shape[0] * shape[1], "world": traffic.world, "machine": machine, "threads": torch.get_num_threads(), "rounds": arguments["rounds"], "link": rate or "loopback",
+            "latency": far.latency, "rate": far.rate, "kernels": kernels_in_use(), "torch": torch.__version__, "commopt": commopt.__version__}
     launch.finish({"what": what, "rows": rows})
     dist.barrier()
     dist.destroy_process_group()

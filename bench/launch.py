@@ -28,11 +28,12 @@ from .link import Link, sigterm_raises
 _GRACE = 3.0  # seconds that the other ranks have to say what went wrong when one has failed
 
 
-def run(module: str, arguments: dict[str, Any], world: int, *, timeout: float, link: Link | None = None) -> dict[str, Any]:
+def run(module: str, arguments: dict[str, Any], world: int, *, timeout: float, link: Link | None = None, machine: int | None = None) -> dict[str, Any]:
     """Runs `module` as `world` processes and returns rank 0's result. Arguments and result travel as JSON.
 
     Rank 0's output goes to stderr as it comes: progress. That of the others is kept and shown when they fail.
     link: the emulated network they run on, made for this call unless the caller has entered it; by default the loopback.
+    machine: how many ranks are to believe that they share one; by default those of the link, or all on the loopback.
     RuntimeError when a rank fails or `timeout` seconds are over; no process outlives the call.
     """
     with contextlib.ExitStack() as exits:
@@ -43,11 +44,13 @@ def run(module: str, arguments: dict[str, Any], world: int, *, timeout: float, l
         job = Path(directory, "job.json")
         job.write_text(json.dumps({"arguments": arguments, "result": str(Path(directory, "result.json"))}))
         network = link.environment() if link else _loopback()
+        machine = machine or (link.machine if link else world)
         workers, outputs = [], [Path(directory, f"output-{rank}") for rank in range(world)]
         try:
             for rank in range(world):
                 command = [sys.executable, "-m", module, "--worker", str(job)]
-                environment = os.environ | network | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                environment = os.environ | network | {
+                    "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % machine), "LOCAL_WORLD_SIZE": str(machine)}
                 with outputs[rank].open("wb") as kept:
                     workers.append(subprocess.Popen(
                         link.command(rank, command) if link else command, env=environment, stdin=subprocess.DEVNULL,

@@ -4,6 +4,12 @@
     rank 1: eth0 --tbf--+-- bridge, in one more namespace
     ...                 |
 
+Or ranks on machines of several, each machine with a switch of its own and what leaves it shaped:
+
+    rank 0: eth0 --+-- machine 0: uplink --tbf--+
+    rank 1: eth0 --+                            +-- bridge
+    rank 2: eth0 --+-- machine 1: uplink --tbf--+
+
 Nothing is made in the namespace of the machine, so that its addresses, routes and firewall neither matter nor change.
 Names carry the pid: what a killed process left behind is removed by the next one that starts.
 """
@@ -19,6 +25,7 @@ import threading
 from collections.abc import Iterator
 
 DEVICE = "eth0"  # the interface of a rank, in its namespace
+UPLINK = "uplink"  # that of a machine of several ranks
 _PORT = 29500  # of the rendezvous, on rank 0's address: nothing else listens in a fresh namespace
 _MTU = 1500
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21  # see capabilities(7)
@@ -48,17 +55,21 @@ def missing() -> str | None:
 
 
 class Link:
-    """Context manager: `world` ranks on a network where each sends at most at `rate`, e.g. "1gbit"; None is unshaped."""
+    """Context manager: `world` ranks on a network where each machine, of `machine` ranks, sends at most at `rate`, e.g. "1gbit";
+    None is unshaped."""
 
-    def __init__(self, world: int, rate: str | None):
+    def __init__(self, world: int, rate: str | None, machine: int = 1):
         if world < 2:
             raise ValueError(f"a network needs at least 2 ranks, got {world}")
+        if machine < 1:
+            raise ValueError(f"a machine needs at least 1 rank, got {machine}")
         if rate is not None:
             bits_per_second(rate)
-        self.world, self.rate = world, rate
+        self.world, self.rate, self.machine = world, rate, machine
         prefix = f"commopt-{os.getpid()}-{next(_numbers)}"
         self._switch = f"{prefix}-switch"
         self.namespaces = [f"{prefix}-{rank}" for rank in range(world)]
+        self.machines = [f"{prefix}-machine{i}" for i in range(-(-world // machine))] if machine > 1 else []
         self.entered = False
         self._exits = contextlib.ExitStack()
 
@@ -67,7 +78,7 @@ class Link:
             raise RuntimeError(f"an emulated network cannot be made here: {lack}")
         _remove(name for name in _existing() if not os.path.exists(f"/proc/{name.split('-')[1]}"))
         with contextlib.ExitStack() as exits:
-            exits.callback(lambda: _remove({self._switch, *self.namespaces} & set(_existing())))
+            exits.callback(lambda: _remove({self._switch, *self.machines, *self.namespaces} & set(_existing())))
             exits.enter_context(sigterm_raises())
             self._make()
             self._exits = exits.pop_all()
@@ -79,18 +90,19 @@ class Link:
         self._exits.close()
 
     def _make(self) -> None:
-        _ip("netns", "add", self._switch)
-        _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", self._switch, "link", "set", "bridge", "up")
-        for rank, name in enumerate(self.namespaces):
-            port = f"port{rank}"
-            _ip("netns", "add", name)
-            _ip("-n", name, "link", "add", DEVICE, "mtu", str(_MTU), "type", "veth", "peer", "name", port, "mtu", str(_MTU), "netns", self._switch)
-            _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
-            _ip("-n", name, "address", "add", f"{_address(rank)}/16", "dev", DEVICE)
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "link", "set", DEVICE, "up")
+        _add_switch(self._switch)
+        for i, name in enumerate(self.machines):
+            _add_switch(name)
+            _connect(name, UPLINK, self._switch, f"port{i}")
+            _ip("-n", name, "link", "set", UPLINK, "master", "bridge")
             if self.rate is not None:
+                shape(self.rate, name, UPLINK)
+        for rank, name in enumerate(self.namespaces):
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+            _connect(name, DEVICE, self.machines[rank // self.machine] if self.machines else self._switch, f"port{rank}")
+            _ip("-n", name, "address", "add", f"{_address(rank)}/16", "dev", DEVICE)
+            if self.rate is not None and not self.machines:
                 shape(self.rate, name)
 
     def command(self, rank: int, command: list[str]) -> list[str]:
@@ -98,33 +110,35 @@ class Link:
         return [_path("ip"), "netns", "exec", self.namespaces[rank], *command]
 
     def environment(self) -> dict[str, str]:
-        """What torch needs in the environment to meet on this network."""
+        """What torch needs in the environment to meet on this network, for every rank."""
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d warns of addresses that have no name
         return {"MASTER_ADDR": _address(0), "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": DEVICE} | quiet
 
     def counters(self, rank: int) -> tuple[int, int]:
         """Bytes that a rank's interface sent and received."""
-        return _read_counters(_run([*self.command(rank, ["cat", "/proc/net/dev"])]))
+        return counters(self.namespaces[rank])
 
 
-def counters() -> tuple[int, int]:
-    """Bytes sent and received by the interface of the rank that calls this, in its namespace."""
-    with open("/proc/net/dev") as file:
-        return _read_counters(file.read())
+def counters(namespace: str | None = None, device: str = DEVICE) -> tuple[int, int]:
+    """Bytes sent and received by an interface. namespace: by default the one of the rank that calls this."""
+    if namespace is None:
+        with open("/proc/net/dev") as file:
+            return _read_counters(file.read(), device)
+    return _read_counters(_run([_path("ip"), "netns", "exec", namespace, "cat", "/proc/net/dev"]), device)
 
 
-def shape(rate: str | None, namespace: str | None = None) -> None:
-    """Limits what the interface sends; None lifts the limit. namespace: by default the one that the caller runs in."""
+def shape(rate: str | None, namespace: str | None = None, device: str = DEVICE) -> None:
+    """Limits what an interface sends; None lifts the limit. namespace: by default the one that the caller runs in."""
     where = [_path("tc")] + (["-n", namespace] if namespace else [])
     if rate is None:
-        if " tbf " in _run([*where, "qdisc", "show", "dev", DEVICE]):
-            _run([*where, "qdisc", "del", "dev", DEVICE, "root"])
+        if " tbf " in _run([*where, "qdisc", "show", "dev", device]):
+            _run([*where, "qdisc", "del", "dev", device, "root"])
         return
     # The burst is what may be sent at once after a pause. Too small, and every late timer of a busy machine loses rate;
     # too large, and small messages travel for nothing. The limit is the queue: TCP holds back long before it is full.
     per_ms = bits_per_second(rate) / 8e3
     burst, limit = max(16 * 1024, int(per_ms)), max(1 << 20, int(per_ms * 50))
-    _run([*where, "qdisc", "replace", "dev", DEVICE, "root", "tbf",
+    _run([*where, "qdisc", "replace", "dev", device, "root", "tbf",
           "rate", f"{int(bits_per_second(rate))}bit", "burst", f"{burst}b", "limit", f"{limit}b"])
 
 
@@ -176,6 +190,19 @@ def _ip(*arguments: str) -> str:
     return _run([_path("ip"), *arguments])
 
 
+def _add_switch(namespace: str) -> None:
+    _ip("netns", "add", namespace)
+    _ip("-n", namespace, "link", "add", "bridge", "type", "bridge")
+    _ip("-n", namespace, "link", "set", "bridge", "up")
+
+
+def _connect(namespace: str, device: str, switch: str, port: str) -> None:
+    """A cable from a new interface in the namespace to a new port of the switch."""
+    _ip("-n", namespace, "link", "add", device, "mtu", str(_MTU), "type", "veth", "peer", "name", port, "mtu", str(_MTU), "netns", switch)
+    _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
+    _ip("-n", namespace, "link", "set", device, "up")
+
+
 def _existing() -> list[str]:
     return [name for name in (line.split()[0] for line in _ip("netns", "list").splitlines() if line) if re.match(r"commopt-\d+-", name)]
 
@@ -185,7 +212,7 @@ def _remove(names) -> None:
         subprocess.run([_path("ip"), "netns", "delete", name], capture_output=True)
 
 
-def _read_counters(text: str) -> tuple[int, int]:
-    line = next(line for line in text.splitlines() if line.strip().startswith(DEVICE + ":"))
+def _read_counters(text: str, device: str) -> tuple[int, int]:
+    line = next(line for line in text.splitlines() if line.strip().startswith(device + ":"))
     values = line.split(":")[1].split()
     return int(values[8]), int(values[0])

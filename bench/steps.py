@@ -45,9 +45,9 @@ class Work(NamedTuple):
     batch: Callable[[int, int], Tensor]
 
 
-def link_of(world: int, rate: str | None) -> link.Link | None:
+def link_of(world: int, rate: str | None, machine: int = 1) -> link.Link | None:
     """The emulated network of a bench; None is the loopback."""
-    return link.Link(world, rate) if rate else None
+    return link.Link(world, rate, machine) if rate else None
 
 
 def compare(module: str, arguments: dict[str, Any], parameters: int, network: link.Link | None) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Candidate:
         return bytes_per_step(self.spec, self.ddp, self.handle)
 
 
-def candidate(spec: str, work: Work, shared: list[Tensor], bucket_mb: float) -> Candidate:
+def candidate(spec: str, work: Work, shared: list[Tensor], bucket_mb: float = 25.0) -> Candidate:
     """`shared`: the parameters of the first candidate, which the others use too; a step does not change them."""
     torch.manual_seed(0)
     model = work.model()

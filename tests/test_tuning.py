@@ -55,6 +55,10 @@ def test_what_travels_while_work_goes_on_counts_once():
     timeline.row(10, timeline.near)
     timeline.arrive()
     assert timeline.now == pytest.approx(21.0)
+    timeline.row(90, timeline.far)
+    timeline.row(10, timeline.near)  # does not wait for the other
+    timeline.arrive()
+    assert timeline.now == pytest.approx(31.0)
     timeline.run()
     time.sleep(0.02)
     with timeline.aside():

@@ -1,6 +1,7 @@
 """The bytes that a rank says it sends are those that leave its interface, counted by the kernel from outside, in network
 namespaces of their own. Needs root, `ip` and `tc`."""
 
+import json
 import os
 import pathlib
 import signal
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commopt
+from commopt.__main__ import main
 from commopt.bench import launch, link
 
 HERE = pathlib.Path(__file__).parent
@@ -72,6 +74,18 @@ def test_a_rate_holds():
             seconds = float(receiver.stdout.readline())
         assert 4_000_000 <= network.counters(0)[0] - before < 4_400_000
         assert 0.4 < seconds < 1.0  # 32 Mbit and headers, less what may be sent at once
+
+
+def test_between_machines_travels_what_is_compressed_once(tmp_path):
+    """Two machines of two ranks, counted where they leave their machine: less by the number of ranks in a machine than what
+    all ranks exchange with all, and less by the compressor's ratio."""
+    file, specs = tmp_path / "out.json", ["bf16", "intra=none,inter=bf16", "intra=none,inter=int4"]
+    assert main(["bench", "collectives", "--world", "4", "--machine", "2", "--emulate", "1gbit", "--rows", "512", "--rounds", "2", "--spec", " ".join(specs), "--json", str(file)]) == 0
+    flat, half, quarter = (next(r["counted"] for r in json.loads(file.read_text())["rows"] if r["spec"] == spec) for spec in specs)
+    n = 512 * 2560
+    assert flat == pytest.approx(2 * (2 + 2) * n / 4 * 2, rel=0.02)  # each of 2 ranks: two shares across and its own sum twice, in bf16
+    assert half == pytest.approx(flat / 2, rel=0.02)
+    assert quarter == pytest.approx(flat / 2 * commopt.wire_bytes("int4", n) / (2 * n), rel=0.03)
 
 
 def names() -> str:

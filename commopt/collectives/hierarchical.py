@@ -36,8 +36,8 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
     if len(plan.nodes) > 1:
         for s in range(count):
             if held[node][s] == me and shards[s][0] < shards[s][1]:
-                between = plan.stretch(*shards[s], node, len(plan.nodes), _inter)
-                holders = tuple(ranks[held[i][s]] for i, ranks in enumerate(plan.nodes))
+                holders = tuple(sorted(ranks[held[i][s]] for i, ranks in enumerate(plan.nodes)))
+                between = plan.stretch(*shards[s], holders.index(plan.rank), len(holders), _inter)
                 inner.append((prepare(between), holders, *shards[s]))
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:

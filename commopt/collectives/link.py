@@ -46,7 +46,10 @@ class Link:
         self._late: dist.ProcessGroup | None = None
 
     def among(self, members: tuple[int, ...]) -> "Link":
-        """The link of some of its ranks, whose numbers there are their places in `members`. All of these call it."""
+        """The link of some of its ranks, in ascending order, whose numbers there are their places in `members`. All of these
+        call it."""
+        if members == tuple(range(self.world)):
+            return self
         if members not in self._parts:
             self._parts[members] = self._part(members)
         return self._parts[members]

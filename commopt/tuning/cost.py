@@ -4,7 +4,7 @@ is put on a line of the network's rate."""
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,8 +44,8 @@ def cost(
     """Predicts an exchange of a gradient of this shape, normally distributed, in one bucket, among `world` ranks that are
     all like this machine. It needs no other rank, so any number can be asked for; memory is needed as for the real one.
 
-    network: between ranks; near: between those of a node, by default the same. A rank's rows leave one after the other at the
-    network's rate, and what it waits for has arrived when its own have left and a latency is over: all ranks do the same.
+    network: between ranks, when all of a node use it at the same time; near: between those of a node, by default the same. On each a rank's rows leave one after the other
+    at its rate, and what it waits for has arrived when its own have left and a latency is over: all ranks do the same.
     """
     parameters = [Parameter("0", torch.Size(shape), torch.Size(shape).numel())]
     plan = Plan(0, parameters, dtype, torch.device(device), parse(spec).at(STEADY), {}, rank, world, nodes=nodes)
@@ -67,9 +67,10 @@ class Timeline:
 
     def __init__(self, far: Network, near: Network, device: torch.device):
         self.far, self.near, self._device = far, near, device
-        self.now = self.work = self._free = 0.0  # _free: when the last row will have left
+        self.now = self.work = 0.0
         self.sent = self.rounds = 0
-        self._latency = 0.0  # of what is awaited
+        self._left: dict[Network, float] = {}  # when the last row of those under way will have left
+        self._free: dict[Network, float] = {}  # and of all
         self._since: float | None = None
 
     def run(self) -> None:
@@ -82,22 +83,21 @@ class Timeline:
 
     def row(self, nbytes: int, network: Network) -> None:
         """A row is on its way."""
-        if nbytes:
-            self._free = max(self._free, self.now) + nbytes / network.rate
-            self.sent += nbytes
-        self._latency = max(self._latency, network.latency)
+        self._left[network] = self._free[network] = max(self._free.get(network, 0.0), self.now) + nbytes / network.rate
+        self.sent += nbytes
 
     def all_reduce(self, nbytes: int, world: int, network: Network) -> None:
-        """In a ring: 2 (world - 1) times a share of it to the neighbour."""
-        for _ in range(2 * (world - 1)):
-            self._free = max(self._free, self.now) + nbytes / world / network.rate + network.latency
-        self.rounds += 2 * (world - 1) - 1
-        self.sent += 2 * (world - 1) * nbytes // world
+        """In a ring: 2 (world - 1) times a share of it to the neighbour, the last latency in arrive()."""
+        steps = 2 * (world - 1)
+        self.row(steps * nbytes // world, network)
+        self._left[network] += (steps - 1) * network.latency
+        self._free[network] = self._left[network]
+        self.rounds += steps - 1
 
     def arrive(self) -> None:
         """All that is awaited has come."""
-        self.now = max(self.now, self._free + self._latency)
-        self._latency = 0.0
+        self.now = max([self.now, *(left + network.latency for network, left in self._left.items())])
+        self._left.clear()
         self.rounds += 1
 
     @contextlib.contextmanager
@@ -119,8 +119,10 @@ class Mute(Link):
     def __init__(self, timeline: Timeline, nodes: tuple[tuple[int, ...], ...], rank: int, ranks: tuple[int, ...]):
         self.rank, self.world = ranks.index(rank), len(ranks)
         self._timeline, self._nodes, self._ranks, self._parts = timeline, nodes, ranks, {}
-        together = any(set(ranks) <= set(node) for node in nodes)
-        self._network = timeline.near if together else timeline.far
+
+    def _near(self, ranks: Iterable[int]) -> bool:
+        """Whether these are in one node."""
+        return any({self._ranks[r] for r in ranks} <= set(node) for node in self._nodes)
 
     def _on_failure(self, error: Exception) -> None:
         raise error
@@ -132,8 +134,10 @@ class Mute(Link):
         pass
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, late: bool = False) -> Pending:
+        near, far = self._timeline.near, self._timeline.far
+        leaving = far._replace(rate=far.rate * max(map(len, self._nodes)))  # a ring leaves a node once
         with self._timeline.aside():
-            self._timeline.all_reduce(x.nbytes, self.world, self._network)
+            self._timeline.all_reduce(x.nbytes, self.world, near if self._near(range(self.world)) else leaving)
         return Pending()
 
     def scatter(self, departing, arriving, sizes, fill, number, failed=None, coming=None):
@@ -153,7 +157,7 @@ class Mute(Link):
 
     def _send(self, row: Tensor, r: int, tag: int, works: list) -> None:
         with self._timeline.aside():
-            self._timeline.row(row.numel(), self._network)
+            self._timeline.row(row.numel(), self._timeline.near if self._near((self.rank, r)) else self._timeline.far)
 
     def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> None:
         pass
