@@ -189,6 +189,16 @@ class _Failing(commopt.Compressor):
         kernels.dense_decode_sum(out, weight, values)
 
 
+def trained(rank: int, spec: str) -> DDP:
+    """A model of several buckets after three steps."""
+    machines(rank)
+    ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
+    commopt.attach(ddp, spec, start_step=0)
+    for step in range(3):
+        given_step(ddp, rank, step)
+    return ddp
+
+
 @commopt.register("failing_gather")
 class FailingGather(_Failing):
     collective = "gather"
@@ -200,11 +210,7 @@ class FailingTwoShot(_Failing):
 
 
 def _fail_in(rank: int, world: int, spec: str, where: str, culprit: int) -> list[str]:
-    machines(rank)
-    ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
-    commopt.attach(ddp, spec, start_step=0)
-    for step in range(3):
-        given_step(ddp, rank, step)
+    ddp = trained(rank, spec)
     fail[where] = rank == culprit
     begin = time.monotonic()
     errors = []
@@ -308,11 +314,7 @@ def test_a_result_is_always_valid(rank, world):
 
 
 def _lose(rank: int, world: int, sign: int, spec: str) -> tuple[str, float]:
-    machines(rank)
-    ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
-    commopt.attach(ddp, spec, start_step=0)
-    for step in range(3):
-        given_step(ddp, rank, step)
+    ddp = trained(rank, spec)
     if rank == world - 1:
         os.kill(os.getpid(), sign)
     begin = time.monotonic()
@@ -325,11 +327,7 @@ def _lose(rank: int, world: int, sign: int, spec: str) -> tuple[str, float]:
 
 
 def _die_in(rank: int, world: int, spec: str, where: str) -> tuple[str, float]:
-    machines(rank)
-    ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
-    commopt.attach(ddp, spec, start_step=0)
-    for step in range(3):
-        given_step(ddp, rank, step)
+    ddp = trained(rank, spec)
     fail[where] = "die" if rank == 1 else False
     begin = time.monotonic()
     error = raised(given_step, ddp, rank, 3) or raised(given_step, ddp, rank, 4)  # whom its last row had reached ends that step
