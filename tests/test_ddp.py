@@ -539,6 +539,22 @@ def test_machines_of_several_ranks(rank, world, spec, local):
     assert {p["collective"] for p in handle.plan} == {"hierarchical"} and len(handle.plan) > 1
 
 
+@pytest.mark.parametrize("spec", ["int8", "topk:ratio=0.05,collective=sparse_two_shot"])
+@each_rank(3, 4, seconds=30)
+def test_ranks_that_send_more_and_less_than_what_is_worth_a_message(rank, world, spec):
+    """Shards differ in length, and what travels together must not differ for it: one rank would wait for what never comes."""
+    ddp = DDP(Given((41, 99), (50, 70)), bucket_cap_mb=0.001)
+    handle = commopt.attach(ddp, spec, start_step=0)
+    for step in range(8):
+        given_step(ddp, rank, world, step)
+        same_everywhere([p.grad for p in ddp.parameters()], f"step {step}")
+        sent = [None] * world
+        dist.all_gather_object(sent, [plan["bytes_sent"] for plan in handle.plan])
+        assert len(set(map(tuple, sent))) > 1, "all send the same: nothing to decide"
+        among = sorted(bytes for plans in sent for bytes in plans)
+        commopt.hooks.traffic.WORTH = among[(step + 1) * len(among) // 9] / (world - 1)
+
+
 @each_rank(2, 3)
 def test_small_buckets_travel_together(rank, world):
     """Nine buckets of a few KB each: one message to each peer where they are gathered, and DDP's bytes are accounted for."""

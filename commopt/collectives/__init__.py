@@ -18,5 +18,5 @@ COLLECTIVES = {
 
 
 def prepare(plan: Plan) -> Prepared:
-    """The plan's collective, ready for its exchanges. It sets plan.sent."""
+    """The plan's collective, ready for its exchanges. It says what the plan sends()."""
     return COLLECTIVES[plan.collective](plan)

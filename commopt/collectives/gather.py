@@ -24,5 +24,5 @@ def gather(plan: Plan) -> Prepared:
         message.decode_sum(x, plan.weight, rows)
         plan.finite = message.finite(rows)
 
-    plan.sent = (plan.world - 1) * message.nbytes
+    plan.sends((plan.world - 1) * message.nbytes)
     return Prepared(plan, begin)

@@ -68,12 +68,12 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         if before is not None:
             _keep_lost(within.sum, before, kept_of(residual, start, stop), within.sums[me : me + 1], plan.loss_scale)
         plan.finite = within.decode(x)
-        plan.sent = sent()  # shards of lists are cut anew
+        count_bytes()  # shards of lists are cut anew
 
-    def sent() -> int:
-        return within.sent + sum(prepared.plan.sent for prepared, *_ in inner)
+    def count_bytes() -> None:
+        plan.sends(within.sent + sum(prepared.plan.sent for prepared, *_ in inner))
 
-    plan.sent = sent()
+    count_bytes()
     return Prepared(plan, begin, merges=False)
 
 

@@ -60,7 +60,7 @@ def integer_sum(plan: Plan) -> Prepared:
             x[place] = (values * plan.weight).to(x.dtype)
         plan.finite = (maxima < _INFINITY).all() & all_finite(exact)
 
-    plan.sent = 2 * (plan.world - 1) * 4 * (maxima.numel() + codes.numel() + exact.numel()) // plan.world
+    plan.sends(2 * (plan.world - 1) * 4 * (maxima.numel() + codes.numel() + exact.numel()) // plan.world)
     return Prepared(plan, begin, merges=False)
 
 

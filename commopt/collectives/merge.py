@@ -42,17 +42,17 @@ class Batch:
         self._running: list[tuple[Phases, _Notes]] = []
         self._dones: list[Callable[[Exception | None], None]] = []
         self._failed: Exception | None = None
-        self.sent = 0
+        self.size = 0
 
-    def add(self, begin: Callable[[Link], Phases], sent: int, done: Callable[[Exception | None], None]) -> None:
-        """begin: the phases of an exchange over a link. sent: its bytes. done: called when the batch has ended."""
+    def add(self, begin: Callable[[Link], Phases], size: int, done: Callable[[Exception | None], None]) -> None:
+        """begin: the phases of an exchange over a link. size: its plan's. done: called when the batch has ended."""
         notes = _Notes(self._link)
         phases = begin(notes)
         failed = phases.send(None).wait()
         self._failed = self._failed or failed
         self._running.append((phases, notes))
         self._dones.append(done)
-        self.sent += sent
+        self.size += size
 
     def done(self, failure: Exception | None) -> None:
         for done in self._dones:

@@ -64,7 +64,7 @@ def rounds(plan: Plan) -> Prepared:
             message.decode_sum(x, plan.weight, rows)
             plan.finite &= message.finite(rows)
 
-    plan.sent = (plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1])
+    plan.sends((plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1]))
     return Prepared(plan, begin)
 
 

@@ -29,6 +29,11 @@ class Shards:
         own = self.sizes[self.rank]
         return sum(self.sizes) - own + (len(self.sizes) - 1) * own
 
+    @property
+    def size(self) -> int:
+        """Those of a rank on average."""
+        return 2 * (len(self.sizes) - 1) * sum(self.sizes) // len(self.sizes)
+
     def encode(self, r: int, x: Tensor, residual: Tensor | None) -> None:
         """The message of rank r's shard, into the row that goes there; this rank's own as if it had arrived."""
         start, stop = self.spans[r]

@@ -17,5 +17,5 @@ def sum(plan: Plan) -> Prepared:
         if not x.is_sparse and not x.is_complex() and x.numel():
             plan.finite = all_finite(x)
 
-    plan.sent = plan.reduced
+    plan.sends(plan.reduced)
     return Prepared(plan, begin, merges=False)

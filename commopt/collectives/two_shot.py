@@ -37,5 +37,5 @@ def two_shot(
             raise failed
         plan.finite = shards.decode(x)
 
-    plan.sent = shards.sent
+    plan.sends(shards.sent, shards.size)
     return Prepared(plan, begin)

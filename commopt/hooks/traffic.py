@@ -56,7 +56,7 @@ class Traffic:
                 future.set_result(x)
 
         worth = WORTH * (self.world - 1)
-        if not prepared.merges or plan.sent >= worth:
+        if not prepared.merges or plan.size >= worth:
             self.close_batch()  # in the order in which they were begun, which is the same on all ranks
             runner.exchange(prepared.begin(link, x, residual), done)
             return future
@@ -64,8 +64,8 @@ class Traffic:
             self.close_batch()
         if self._batch is None:
             self._batch = Batch(link, x.device, plan.number, self._merged)
-        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), plan.sent, done))
-        if self._batch.sent >= worth:
+        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), plan.size, done))
+        if self._batch.size >= worth:
             self.close_batch()
         return future
 

@@ -37,7 +37,7 @@ class Plan:
         self.wants_residual = self.collective != "sum" and any(part.compressor.ef for part in self.parts)
         self.slots = max((part.compressor.slots for part in self.parts if part.compressor.ef), default=1)
         self.finite: Tensor | None = None
-        self.sent = 0  # bytes that this rank hands to the network in one exchange, as the collective says
+        self.sent = self.size = 0  # see sends()
 
     def _collective(self) -> str:
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16) or self.n == 0:
@@ -81,6 +81,11 @@ class Plan:
     @property
     def draw(self) -> tuple[int, int]:
         return self.seed, self.step
+
+    def sends(self, own: int, size: int | None = None) -> None:
+        """What the collective says of an exchange. own: bytes that this rank hands to the network. size: those of a rank on
+        average, where they differ: all ranks have the same, and decide by it which exchanges travel together."""
+        self.sent, self.size = own, own if size is None else size
 
     def shards(self, count: int) -> list[tuple[int, int]]:
         """The bucket in `count` stretches of about equal length."""
