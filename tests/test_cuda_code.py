@@ -109,7 +109,7 @@ def test_gradient_and_residual_move_16_bytes_at_a_time(code):
 
 def test_no_operation_is_fused(code, tmp_path):
     """--fmad=false changes no kernel: the intrinsics of csrc/codec alone keep every product and sum rounded by itself.
-    The fused operations that there are belong to IEEE division, and no decoder divides."""
+    The fused operations that there are belong to IEEE division, and no decoder divides but that of a shared scale."""
 
     arch = min(arch for arch, _ in code)
 
@@ -124,7 +124,7 @@ def test_no_operation_is_fused(code, tmp_path):
     for key, kernel in free.items():
         assert count(kernel, "FFMA") == count(code[key], "FFMA"), key
     for key, kernel in code.items():
-        if re.search("decode|histogram|count|prepare", key[1]):
+        if re.search("decode|histogram|count|prepare", key[1]) and "Summed" not in key[1]:  # whose scale is a quotient
             assert count(kernel, "FFMA") == 0, key
 
 

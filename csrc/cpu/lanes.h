@@ -32,14 +32,31 @@ CODEC Floats times(Floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b
 CODEC Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 CODEC void save(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 
-// Sixteen values times a scale, and those of sixteen 4-bit codes in order, the even element in the low nibble.
+// Sixteen values times a scale, and those of as many 4-bit codes as a vector holds, the even element in the low nibble, in an
+// order that in_order puts right. Codes of 2 bits pick by what a shift leaves of the next one too: their four values stand
+// there four times.
 struct Sixteen {
   __m512 values;
   CODEC Sixteen(const float* of, float scale) : values(_mm512_mul_ps(_mm512_loadu_ps(of), _mm512_set1_ps(scale))) {}
 };
+template <int kBits> CODEC Floats looked_up(const Sixteen& table, const uint8_t* codes) {
+  if (kBits == 2) {
+    const __m512i down = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    int all;
+    memcpy(&all, codes, 4);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(all), down), table.values);
+  }
+  const __m512i down = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  long long all;
+  memcpy(&all, codes, 8);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi64(all), down), table.values);
+}
+template <int kBits> CODEC Floats in_order(Floats a) {
+  if (kBits != 4) return a;
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), a);
+}
 template <bool kFirst> CODEC void look_up(const Sixteen& table, const uint8_t* codes, float* sum) {
-  const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)codes));
-  const __m512 value = _mm512_permutexvar_ps(_mm512_or_si512(byte, _mm512_slli_epi64(byte, 28)), table.values);
+  const Floats value = in_order<4>(looked_up<4>(table, codes));
   _mm512_storeu_ps(sum, kFirst ? value : _mm512_add_ps(_mm512_loadu_ps(sum), value));
 }
 #elif defined(__AVX2__)
@@ -70,14 +87,23 @@ struct Sixteen {
   CODEC Sixteen(const float* of, float scale)
       : low(_mm256_mul_ps(_mm256_loadu_ps(of), _mm256_set1_ps(scale))), high(_mm256_mul_ps(_mm256_loadu_ps(of + 8), _mm256_set1_ps(scale))) {}
 };
-template <bool kFirst> CODEC void look_up(const Sixteen& table, const uint8_t* codes, float* sum) {
+template <int kBits> CODEC Floats looked_up(const Sixteen& table, const uint8_t* codes) {
+  if (kBits == 2) {
+    uint16_t eight;
+    memcpy(&eight, codes, 2);
+    return _mm256_permutevar8x32_ps(table.low, _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14)));
+  }
   const __m256i down = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), up = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+  int eight;
+  memcpy(&eight, codes, 4);
+  const __m256i all = _mm256_set1_epi32(eight), which = _mm256_srlv_epi32(all, down);
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, which), _mm256_permutevar8x32_ps(table.high, which),
+                          _mm256_castsi256_ps(_mm256_sllv_epi32(all, up)));
+}
+template <int kBits> CODEC Floats in_order(Floats a) { return a; }
+template <bool kFirst> CODEC void look_up(const Sixteen& table, const uint8_t* codes, float* sum) {
   for (int i = 0; i < 16; i += 8) {
-    int eight;
-    memcpy(&eight, codes + i / 2, 4);
-    const __m256i all = _mm256_set1_epi32(eight), which = _mm256_srlv_epi32(all, down);
-    const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, which), _mm256_permutevar8x32_ps(table.high, which),
-                                          _mm256_castsi256_ps(_mm256_sllv_epi32(all, up)));
+    const Floats value = looked_up<4>(table, codes + i / 2);
     _mm256_storeu_ps(sum + i, kFirst ? value : _mm256_add_ps(_mm256_loadu_ps(sum + i), value));
   }
 }

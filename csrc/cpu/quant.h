@@ -217,13 +217,15 @@ void quant_encode(const QuantEncode& op, int64_t begin, int64_t end) {
   });
 }
 
+constexpr float kFours[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+constexpr float kTwos[16] = {-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2};
+
 // sum[0 .. count - 1] <- decoded codes of one block, or += where they are not the first.
 template <int kBits, bool kFirst> CODEC void dequantize_run(const uint8_t* codes, float scale, int64_t count, float* sum) {
   int64_t i = 0;
 #if defined(__AVX2__)
   if (kBits == 4) {
-    static constexpr float kCodes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-    const Sixteen table(kCodes, scale);  // rounded like each product with the scale
+    const Sixteen table(kFours, scale);  // rounded like each product with the scale
     for (; i + 16 <= count; i += 16) look_up<kFirst>(table, codes + i / 2, sum + i);
   }
 #endif
@@ -246,23 +248,31 @@ template <int kBits, bool kFirst> CODEC void dequantize_run(const uint8_t* codes
 }
 
 #if defined(__AVX2__)
-// sum[0 .. kStrip - 1] <- the int8 codes from `at` on of all rows, added in registers.
-CODEC void dequantize_strip(const QuantDecodeSum& op, int64_t block, int64_t at, float* sum) {
+// total <- the codes of one strip of one row, or += where it is not the first.
+template <int kBits, bool kFirst, int kVectors> CODEC void dequantize_vectors(const uint8_t* codes, float scale, Floats (&total)[kVectors]) {
+  const Sixteen table(kBits == 2 ? kTwos : kFours, scale);
+  prefetch_far(codes, 1);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const uint8_t* from = codes + v * kFloats * kBits / 8;
+    const Floats value = kBits == 8 ? times(widened((const int8_t*)from), scale) : looked_up<kBits>(table, from);
+    total[v] = kFirst ? value : plus(total[v], value);
+  }
+}
+
+// sum[0 .. kStrip - 1] <- the codes from `at` on of all rows, added in registers.
+template <int kBits> CODEC void dequantize_strip(const QuantDecodeSum& op, int64_t block, int64_t at, float* sum) {
   constexpr int kVectors = kStrip / kFloats;
   Floats total[kVectors];
   const float* scale = op.scales + block;
-  const int8_t* codes = (const int8_t*)op.codes + at;
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) total[v] = times(widened(codes + v * kFloats), *scale);
-  prefetch_far(codes, 1);
+  const uint8_t* codes = op.codes + at * kBits / 8;
+  dequantize_vectors<kBits, true>(codes, *scale, total);
   for (int64_t w = 1; w < op.out.rows; ++w) {
     scale = row(scale, op.out.stride, 1), codes = row(codes, op.out.stride, 1);
-    prefetch_far(codes, 1);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) total[v] = plus(total[v], times(widened(codes + v * kFloats), *scale));
+    dequantize_vectors<kBits, false>(codes, *scale, total);
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) save(sum + v * kFloats, total[v]);
+  for (int v = 0; v < kVectors; ++v) save(sum + v * kFloats, in_order<kBits>(total[v]));
 }
 #endif
 
@@ -270,7 +280,7 @@ CODEC void dequantize_strip(const QuantDecodeSum& op, int64_t block, int64_t at,
 template <int kBits> CODEC void sum_strip(const QuantDecodeSum& op, int64_t block, int64_t at, int64_t count, float* sum) {
   int64_t w = 0;
 #if defined(__AVX2__)
-  if (kBits == 8 && count == kStrip) dequantize_strip(op, block, at, sum), w = op.out.rows;
+  if (count == kStrip) dequantize_strip<kBits>(op, block, at, sum), w = op.out.rows;
 #endif
   for (; w < op.out.rows; ++w) {
     const float scale = row(op.scales, op.out.stride, w)[block];

@@ -64,7 +64,8 @@ template <int BITS> struct Rows {
     uint32_t word[2] = {};
     if (aligned && count == kGroup) {
       typename Word<BITS>::type whole = *reinterpret_cast<const typename Word<BITS>::type*>(from);
-      memcpy(word, &whole, BITS);
+      if constexpr (BITS == 8) word[0] = whole.x, word[1] = whole.y;
+      else word[0] = whole;
     } else {
 #pragma unroll
       for (int j = 0; j < BITS; ++j)

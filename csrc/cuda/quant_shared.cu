@@ -61,7 +61,7 @@ template <int WIDTH> struct Summed {
     }
   }
 
-  __device__ __forceinline__ void load(int64_t, int64_t group, int count, float (&to)[kGroup]) const {
+  __device__ __forceinline__ void load(int64_t group, int count, float (&to)[kGroup]) const {
     const uint8_t* from = codes + group * WIDTH;
     uint32_t word[WIDTH / 4] = {};
     if (aligned && count == kGroup) {
@@ -91,6 +91,18 @@ template <class T, class Codec> __global__ void __launch_bounds__(kThreads) enco
   encode_group(in, codec, group, count, acc, codec.scale(group), divide(1.0f, loss_scale));
 }
 
+template <class T, class Codec> __global__ void __launch_bounds__(kThreads) decode_shared(T* out, bool aligned, float weight, int64_t n, Codec codec) {
+  int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x;
+  int count = present(n, group * kGroup);
+  if (count == 0) return;
+  float value[kGroup];
+  codec.load(group, count, value);
+  T result[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) narrow(result[i], mul(value[i], weight));
+  store8(out + group * kGroup, aligned, count, result);
+}
+
 template <int WIDTH> void encode(const QuantEncodeShared& op, cudaStream_t stream) {
   Summed<WIDTH> codec{op.absmax, op.codes, PerBlock(op.block), op.levels, op.levels, aligned16(op.codes), op.stochastic, op.seed, op.step, op.stream};
   int64_t used = (op.in.n * WIDTH + 7) / 8;
@@ -103,11 +115,15 @@ template <int WIDTH> void encode(const QuantEncodeShared& op, cudaStream_t strea
 }
 
 template <int WIDTH> void decode(const QuantDecodeShared& op, cudaStream_t stream) {
-  Summed<WIDTH> message{op.absmax, const_cast<uint8_t*>(op.codes), PerBlock(op.block), op.levels, (int)op.out.rows * op.levels,
-                        aligned16(op.codes), op.stochastic, 0, 0, 0};
-  Output one = op.out;
-  one.rows = 1;
-  launch_decode("quant_decode_shared", one, message, stream);
+  if (op.out.n == 0) return;
+  Summed<WIDTH> codec{op.absmax, const_cast<uint8_t*>(op.codes), PerBlock(op.block), op.levels, (int)op.out.rows * op.levels,
+                      aligned16(op.codes), op.stochastic, 0, 0, 0};
+  with_type(op.out.dtype, [&](auto type) {
+    using T = decltype(type);
+    LAUNCH((decode_shared<T, Summed<WIDTH>>), group_blocks(op.out.n), kThreads, stream, static_cast<T*>(op.out.out), aligned16(op.out.out),
+           op.out.weight, op.out.n, codec);
+  });
+  check("quant_decode_shared");
 }
 
 }  // namespace
