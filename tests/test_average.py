@@ -130,6 +130,8 @@ WRONG = {
     "a spec": (lambda: torch.ones(3), {"spec": "int9"}, "int9"),
     "a residual's shape": (lambda: torch.ones(3), {"residual": torch.zeros(4)}, r"must be \[3\]"),
     "a residual too many": (lambda: torch.ones(3), {"residual": [torch.zeros(3)] * 2}, "2 entries|each of the 1"),
+    "no residual": (lambda: torch.ones(3), {"residual": 0.5}, "float32 tensor"),
+    "no spec": (lambda: torch.ones(3), {"spec": 8}, "8"),
     "a residual's dtype": (lambda: torch.ones(3), {"residual": torch.zeros(3, dtype=torch.float64)}, "float32"),
     "momentum": (lambda: torch.ones(3), {"spec": "topk:momentum=0.9", "residual": torch.zeros(3)}, "attach"),
 }

@@ -82,7 +82,7 @@ class _Averager:
             given, kept = _checked(tensors, residual, compressor)
             facts = {"spec": str(compressor), "tensors": [f"{list(t.shape)} {_kind(t)}" for t in given],
                      "residual": "none" if kept is None else "given"}
-        except ValueError as error:  # raised when the others know of it: they would wait
+        except (ValueError, TypeError) as error:  # raised when the others know of it: they would wait
             wrong, facts = error, {"arguments": f"refused: {error}"}
         try:
             self._agree({"commopt": __version__, **facts})
@@ -157,7 +157,7 @@ class _Averager:
 
 def _checked(tensors: Any, residual: Any, compressor: Compressor) -> tuple[list[Tensor], list[Tensor] | None]:
     """Tensors and residuals as lists. ValueError for what cannot be averaged."""
-    given = [tensors] if isinstance(tensors, Tensor) else list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
+    given = _listed(tensors)
     for i, t in enumerate(given):
         if not isinstance(t, Tensor):
             raise ValueError(f"tensors[{i}] must be a tensor, got {type(t).__name__}"
@@ -173,7 +173,7 @@ def _checked(tensors: Any, residual: Any, compressor: Compressor) -> tuple[list[
         return given, None
     if compressor.slots > 1 or compressor.within_node.slots > 1 or compressor.between_nodes.slots > 1:
         raise ValueError(f"{compressor} keeps more than a residual: attach it to a DistributedDataParallel module")
-    kept = [residual] if isinstance(residual, Tensor) else list(residual)
+    kept = _listed(residual)
     shapes = [t.shape if not t.is_complex() else torch.Size([*t.shape, 2]) for t in given]
     for i, shape in enumerate(shapes):
         fits = i < len(kept) and isinstance(kept[i], Tensor) and (kept[i].dtype, kept[i].shape, kept[i].device) == (torch.float32, shape, given[0].device)
@@ -182,6 +182,10 @@ def _checked(tensors: Any, residual: Any, compressor: Compressor) -> tuple[list[
             raise ValueError(f"residual must hold a float32 tensor for each of the {len(given)} tensors; that of tensors[{i}] must be {list(shape)} "
                              f"on {given[0].device}, got {have}")
     return given, kept
+
+
+def _listed(one_or_many: Any) -> list:
+    return list(one_or_many) if isinstance(one_or_many, (list, tuple)) else [one_or_many]
 
 
 def _kind(t: Tensor) -> str:
