@@ -28,7 +28,7 @@ from .steps import cell
 
 __doc__ += steps.__doc__
 
-OURS = "int8,int4,mxfp4,topk:ratio=0.3,values=int4,warmup=0,powersgd:rank=8"
+OURS = "int8,int4,mxfp4,topk:ratio=0.3,values=int4,warmup=0,powersgd:rank=16,values=int8"
 SAME = ("parameters", "world", "steps", "seeds", "lr", "bucket_mb")  # in which files of losses must agree
 
 
