@@ -62,6 +62,7 @@ def test_all_ranks_hold_the_same_bits_and_nothing_is_lost(rank, world, spec, rul
 @pytest.mark.parametrize("spec", [
     "fp8", "mxfp8:ef=true", "mxfp4", "nvfp4", "natural", "int2", "ternary", "sign", "int4:rotate=hadamard",
     "topk:ratio=0.05,scope=block,values=fp8", "randomk:ratio=0.1", "powersgd:rank=2", "dct", "vote",
+    "topk:ratio=0.05,collective=sparse_two_shot", "topk:ratio=0.05,collective=sparse_two_shot,scope=threshold,values=int8",
     "int2:rounding=stochastic,collective=integer_sum"])
 @each_rank(3)
 def test_so_they_do_with_every_other_method(rank, world, spec):

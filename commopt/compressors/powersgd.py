@@ -9,7 +9,7 @@ from .bf16 import BF16
 from .none import NoCompression
 from .quantize import Int8
 
-_BLOCK = 1 << 17  # elements of a matrix that the CPU reads again while they are in its cache
+_BLOCK = 1 << 18  # elements of a matrix that the CPU reads again while they are in its cache
 _SHIFT = 2.0**-40  # of a Gram matrix' trace: keeps Cholesky from failing, which rounding in float64 could bring about below 2^-50
 _PERIOD = 20  # steps from one choice of ranks to the next
 _WAYS = {"bf16": BF16(), "float32": NoCompression(), "int8": Int8(block=64)}  # how the factors travel
@@ -109,8 +109,7 @@ class PowerSGD(Compressor):
             for rows in _blocks(a):
                 d = torch.mm(p_i[:, rows].T, q_i, out=decoded[: a[rows].numel()].view(a[rows].shape))
                 if r is not None:
-                    lost = torch.sub(a[rows], d, out=a[rows]).div_(kernels.loss_scale)
-                    _keep(r[rows], lost, fine)
+                    _keep(r[rows], a[rows], d, kernels.loss_scale, fine)
                 g[rows].copy_(d)
         double = wide[: q.numel()].copy_(q)
         for new, old in zip(right(double), right(held)):
@@ -155,12 +154,14 @@ def _blocks(a: Tensor) -> list[slice]:
     return [slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
 
 
-def _keep(residual: Tensor, lost: Tensor, fine: Tensor) -> None:
-    """residual <- lost if fine, bool []. The CPU looks; for a GPU nobody waits."""
+def _keep(residual: Tensor, had: Tensor, decoded: Tensor, loss_scale: Tensor, fine: Tensor) -> None:
+    """residual <- (had - decoded) / loss_scale if fine, bool []; had is lost. The CPU looks; for a GPU nobody waits."""
     if residual.device.type != "cpu":
-        torch.where(fine, lost, residual, out=residual)
+        torch.where(fine, torch.sub(had, decoded, out=had).div_(loss_scale), residual, out=residual)
     elif fine:
-        residual.copy_(lost)
+        torch.sub(had, decoded, out=residual)
+        if loss_scale != 1.0:
+            residual.div_(loss_scale)
 
 
 def _draw(flat: Tensor, seed: int) -> None:
