@@ -20,7 +20,7 @@ def integer_sum(plan: Plan) -> Prepared:
        needs, 4, 8 or 16. An all-reduce adds them, several in a word, and none runs over into its neighbour.
 
     A value is rounded once, by the rank that has it and keeps what that loses. Twice or more the bytes of a two_shot, which
-    sends sums rounded again: int4 takes 8 bits for 3 to 18 ranks, int8 16 bits up to 257.
+    sends sums rounded again: int4 takes 8 bits up to 18 ranks, int8 16 bits up to 258.
     """
     message, exactly = plan.message(0, plan.n, "integers"), plan.exactly
     exact = torch.zeros(sum(count for _, count in exactly), dtype=torch.float32, device=plan.device)

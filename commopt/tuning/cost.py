@@ -45,8 +45,9 @@ def cost(
     """Predicts an exchange of a gradient of this shape, normally distributed, in one bucket, among `world` ranks that are
     all like this machine. It needs no other rank, so any number can be asked for; memory is needed as for the real one.
 
-    network: between ranks, when all of a node use it at the same time; near: between those of a node, by default the same. On each a rank's rows leave one after the other
-    at its rate, and what it waits for has arrived when its own have left and a latency is over: all ranks do the same.
+    network: between ranks, when all of a node use it at the same time; near: between those of a node, by default the same. On
+    each a rank's rows leave one after the other at its rate, and what it waits for has arrived when its own have left and a
+    latency is over: all ranks do the same.
     """
     parameters = [Parameter("0", torch.Size(shape), torch.Size(shape).numel())]
     plan = Plan(0, parameters, dtype, torch.device(device), parse(spec).at(STEADY), {}, rank, world, nodes=nodes)
