@@ -1,7 +1,6 @@
 """What each collective costs, and whether `commopt.tuning` knew: one bucket, exchanged again and again over a slow link.
 
     python -m commopt bench collectives --emulate 1gbit --world 4
-
     python -m commopt bench collectives --emulate 1gbit --world 4 --machine 2
 
     sent       bytes that a rank hands to the network in an exchange, as the collective says
@@ -22,7 +21,6 @@ import argparse
 import contextlib
 import itertools
 import statistics
-import zlib
 
 import torch
 import torch.distributed as dist
@@ -38,7 +36,7 @@ from commopt.tuning import cost, probe
 from commopt.tuning.probe import timed
 
 from . import launch, link
-from .steps import cell, kernels_in_use, link_of
+from .steps import cell, check_same, kernels_in_use, link_of
 
 SPECS = ("none,bf16,int8,int4,int8:collective=integer_sum,int4:collective=integer_sum,sign,topk:ratio=0.01,collective=gather,"
          "topk:ratio=0.01,collective=sparse_two_shot,powersgd:rank=4,intra=none,inter=bf16,intra=none,inter=int4")
@@ -94,8 +92,7 @@ class Candidate:
         parameters = [Parameter("weight", torch.Size(shape), shape[0] * shape[1])]
         self.spec, self.traffic = spec, traffic
         self.plan = Plan(number, parameters, torch.float32, torch.device("cpu"), parse(spec).at(STEADY), {}, traffic.rank, world, nodes=nodes)
-        self.prepared = prepare(self.plan)
-        self.residual = torch.zeros(self.plan.n) if self.plan.wants_residual else None
+        self.prepared, self.residual = prepare(self.plan), self.plan.fresh_residual()
         self.seconds: list[float] = []
         self.counted: list[int] = []
 
@@ -113,10 +110,7 @@ class Candidate:
         exact /= self.plan.world
         mean = x.clone()
         self.exchange(mean)
-        digests = [None] * self.plan.world
-        dist.all_gather_object(digests, zlib.crc32(mean.numpy()))
-        if len(set(digests)) > 1:
-            raise RuntimeError(f"{self.spec}: the ranks hold different means")
+        check_same(self.spec, mean)
         kept = self.residual.double() if self.residual is not None else torch.zeros(self.plan.n, dtype=torch.float64)
         dist.all_reduce(kept)
         off = float((mean + kept / self.plan.world - exact).norm() / exact.norm())
@@ -159,7 +153,6 @@ def worker() -> None:
         for c in candidates:
             launch.progress(f"round {turn + 1}/{arguments['rounds']}: {c.spec}")
             x, before = gradient.roll(turn), count()
-            dist.barrier(group)
             took = timed(lambda: c.exchange(x), group)
             dist.barrier(group)
             if turn >= 0:

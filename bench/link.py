@@ -110,7 +110,7 @@ class Link:
         return [_path("ip"), "netns", "exec", self.namespaces[rank], *command]
 
     def environment(self) -> dict[str, str]:
-        """What torch needs in the environment to meet on this network, for every rank."""
+        """What torch needs in the environment to meet on this network."""
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # c10d warns of addresses that have no name
         return {"MASTER_ADDR": _address(0), "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": DEVICE} | quiet
 

@@ -17,7 +17,6 @@ feedback the mean is near the exact one, and with it the mean that was sent and 
 
 import contextlib
 import statistics
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commopt
+from commopt.tuning.probe import timed
 
 from . import launch, link
 from .candidates import POWERSGD, bytes_per_step, wrap
@@ -150,13 +150,18 @@ def exact_mean(c: Candidate) -> Tensor:
     return total / dist.get_world_size()
 
 
-def verify(c: Candidate, exact: Tensor, plain: Tensor) -> None:
-    """RuntimeError unless the step that was just made has averaged the gradients as the candidate promises."""
-    mean = c.gradient()
+def check_same(spec: str, mean: Tensor) -> None:
+    """RuntimeError unless all ranks hold the same bits of the averaged gradient."""
     digests = [None] * dist.get_world_size()
     dist.all_gather_object(digests, zlib.crc32(mean.numpy()))
     if len(set(digests)) > 1:
-        raise RuntimeError(f"{c.spec}: the ranks hold different gradients")
+        raise RuntimeError(f"{spec}: the ranks hold different gradients")
+
+
+def verify(c: Candidate, exact: Tensor, plain: Tensor) -> None:
+    """RuntimeError unless the step that was just made has averaged the gradients as the candidate promises."""
+    mean = c.gradient()
+    check_same(c.spec, mean)
     distance = lambda a: float((a - exact).norm() / exact.norm())
     c.error = distance(mean)
     if c.spec in POWERSGD:
@@ -197,14 +202,6 @@ def prepare(work: Work, specs: list[str], bucket_mb: float) -> list[Candidate]:
     return candidates
 
 
-def together(step: Callable[[], None]) -> float:
-    """Seconds that a step takes which all ranks begin together."""
-    dist.barrier()
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
 def measure(candidates: list[Candidate], rounds: int, count: Callable[[], int]) -> None:
     for c in candidates:
         c.backward(c.next_batch())  # uses up what the network lets through at once
@@ -215,9 +212,9 @@ def measure(candidates: list[Candidate], rounds: int, count: Callable[[], int]) 
             launch.progress(f"round {turn + 1}/{rounds}: {c.spec}")
             x = c.next_batch()
             with c.ddp.no_sync():
-                c.alone.append(together(lambda: c.backward(x)))
+                c.alone.append(timed(lambda: c.backward(x)))
             before = count()
-            c.step.append(together(lambda: c.backward(x)))
+            c.step.append(timed(lambda: c.backward(x)))
             dist.barrier()  # what the others wait for has left this rank's socket
             c.counted.append(count() - before)
             c.ddp.zero_grad()

@@ -25,8 +25,7 @@ class Residuals:
                 del self._flats[number]
                 self._flats[plan.number] = (plan, flat, undo)
                 return
-        shape = (plan.n,) if plan.slots == 1 else (plan.slots, plan.n)
-        flat = torch.zeros(shape, dtype=torch.float32, device=plan.device)
+        flat = plan.fresh_residual()
         for name, view in zip(names, flat.split([p.numel for p in plan.parameters], -1)):
             if name in self.views:
                 _take_over(view, self.views[name])

@@ -56,6 +56,15 @@ def scale_of(absmax, finite, LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def put_scales(absmax, scales, n, LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Writes the scales of the blocks. Returns them as scale_of does, and which blocks are finite, [ROWS, 1]."""
+    finite = absmax < NON_FINITE
+    scale, inverse = scale_of(absmax, finite, LEVELS, STOCHASTIC)
+    store_scales(scales, scale, finite, n, BLOCK, ROWS)
+    return scale, inverse, finite[:, None]
+
+
+@triton.jit
 def rounded(
     scaled, seed_low, seed_high, step, stream, chunk,
     LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -92,10 +101,7 @@ def quant_encode(
 ):
     levels: tl.constexpr = 127 if BITS == 8 else 7 if BITS == 4 else 1
     absmax, acc, kept = block_absmax(x, residual, loss_scale, n, BLOCK, ROWS, WIDTH, CHUNKS)
-    finite = absmax < NON_FINITE
-    scale, inverse = scale_of(absmax, finite, levels, STOCHASTIC)
-    store_scales(scales, scale, finite, n, BLOCK, ROWS)
-    usable = finite[:, None]
+    scale, inverse, usable = put_scales(absmax, scales, n, levels, STOCHASTIC, BLOCK, ROWS)
     for chunk in range(CHUNKS):
         if CHUNKS > 1:
             at, inside = block_tile(n, chunk, BLOCK, ROWS, WIDTH)
@@ -156,10 +162,7 @@ def quant_resum(
         acc, kept = accumulate_rows(
             row_codes, row_scales, rows, code_stride, scale_stride, residual, loss_scale, n, chunk, BITS, BLOCK, ROWS, WIDTH)
         absmax = tl.maximum(absmax, tl.max(magnitude(acc), 1))
-    finite = absmax < NON_FINITE
-    scale, inverse = scale_of(absmax, finite, levels, STOCHASTIC)
-    store_scales(scales, scale, finite, n, BLOCK, ROWS)
-    usable = finite[:, None]
+    scale, inverse, usable = put_scales(absmax, scales, n, levels, STOCHASTIC, BLOCK, ROWS)
     for chunk in range(CHUNKS):
         if CHUNKS > 1:
             acc, kept = accumulate_rows(

@@ -4,9 +4,9 @@ it holds element j of each piece. Encode reads 8 and writes 4.2 bytes a value an
 import triton
 import triton.language as tl
 
-from .blocks import block_absmax, block_tile, load_scales, store_scales
-from .codec import NON_FINITE, accumulate, keep, narrow
-from .quant import rounded, scale_of
+from .blocks import block_absmax, block_tile, load_scales
+from .codec import accumulate, keep, narrow
+from .quant import put_scales, rounded
 
 
 @triton.jit
@@ -22,10 +22,7 @@ def ternary_encode(
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):
     absmax, acc, kept = block_absmax(x, residual, loss_scale, n, BLOCK, ROWS, WIDTH, CHUNKS)
-    finite = absmax < NON_FINITE
-    scale, inverse = scale_of(absmax, finite, 1, STOCHASTIC)
-    store_scales(scales, scale, finite, n, BLOCK, ROWS)
-    usable = finite[:, None]
+    scale, inverse, usable = put_scales(absmax, scales, n, 1, STOCHASTIC, BLOCK, ROWS)
     byte = tl.zeros((ROWS, WIDTH), tl.int32)
     for i in range(CHUNKS):
         digit = CHUNKS - 1 - i

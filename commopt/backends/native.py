@@ -62,9 +62,12 @@ class Checker:
         kept = (0 if self.addresses else None) if residual is None else self.tensor("residual", residual, torch.float32, (n,))
         return kept, self.tensor("loss_scale", loss_scale, torch.float32, (1,))
 
-    def output(self, out, weight: float, first: Tensor) -> tuple:
+    def out(self, out, weight: float) -> tuple:
         address = self.tensor("out", out, GRADIENT, (None,))
-        return address, GRADIENT[out.dtype], float(weight), out.numel(), *self.rows(first)
+        return address, GRADIENT[out.dtype], float(weight), out.numel()
+
+    def output(self, out, weight: float, first: Tensor) -> tuple:
+        return *self.out(out, weight), *self.rows(first)
 
     def rows(self, first: Tensor) -> tuple[int, int]:
         """How many messages there are, by their first field, and how many bytes they lie apart."""
@@ -235,10 +238,9 @@ def bind(module, device_type: str, where: Callable[[torch.device], object], addr
 
     def quant_decode_shared(out, weight, codes, absmax, rows, levels, width, block, stochastic) -> None:
         c = checker("quant_decode_shared")
-        address = c.tensor("out", out, GRADIENT, (None,))
+        given = c.out(out, weight)
         a, q = summed(c, out.numel(), absmax, codes, rows, levels, width, block)
-        module.quant_decode_shared(
-            address, GRADIENT[out.dtype], float(weight), out.numel(), q, a, rows, levels, width, block, stochastic, where(out.device))
+        module.quant_decode_shared(*given, q, a, rows, levels, width, block, stochastic, where(out.device))
 
     def ternary_encode(x, residual, loss_scale, codes, scales, block, stochastic, draw) -> None:
         c = checker("ternary_encode")

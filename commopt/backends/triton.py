@@ -39,6 +39,11 @@ def _signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
+def _draw(seed: int, step: int, stream: int) -> tuple[int, int, int, int]:
+    """The key of random numbers, in words."""
+    return _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+
+
 def dense_encode(x, _, residual, loss_scale, n, values, values_dtype, device):
     _launch(device, dense.dense_encode, triton.cdiv(n, _TILE), x, residual, loss_scale, values, n, TILE=_TILE)
 
@@ -67,7 +72,7 @@ def float_encode(
     x, _, residual, loss_scale, n, codes, scales, whole, element, scaling, block, stochastic, seed, step, stream, device
 ):
     programs, tiling = _tiling("float_encode", n, block)
-    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    draw = _draw(seed, step, stream)
     _launch(
         device, floats.float_encode, programs, x, residual, loss_scale, codes, scales, whole, *draw, n,
         ELEMENT=element, SCALING=scaling, STOCHASTIC=bool(stochastic), **tiling,
@@ -85,7 +90,7 @@ def float_decode_sum(out, _, weight, n, rows, stride, codes, scales, whole, elem
 
 def quant_encode(x, _, residual, loss_scale, n, codes, scales, bits, block, stochastic, seed, step, stream, device):
     programs, tiling = _tiling("quant_encode", n, block)
-    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    draw = _draw(seed, step, stream)
     _launch(
         device, quant.quant_encode, programs, x, residual, loss_scale, codes, scales, *draw, n,
         BITS=bits, STOCHASTIC=bool(stochastic), **tiling,
@@ -103,7 +108,7 @@ def quant_resum(
 ):
     programs, tiling = _tiling("quant_resum", n, block)
     strides = row_codes.stride(0), row_scales.stride(0)
-    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    draw = _draw(seed, step, stream)
     _launch(
         device, quant.quant_resum, programs, row_codes, row_scales, rows, *strides, residual, loss_scale, codes, scales, *draw, n,
         BITS=bits, STOCHASTIC=bool(stochastic), **tiling,
@@ -119,7 +124,7 @@ def quant_encode_shared(
     x, _, residual, loss_scale, n, absmax, codes, nbytes, levels, width, block, stochastic, seed, step, stream, device
 ):
     programs, tiling = _tiling("quant_encode_shared", n, block)
-    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    draw = _draw(seed, step, stream)
     codes[triton.cdiv(n * width, 8) :].zero_()
     _launch(
         device, quant_shared.quant_encode_shared, programs, x, residual, loss_scale, absmax, _wide(codes, width), *draw, n,
@@ -148,7 +153,7 @@ def _ternary_tiling(n: int, block: int) -> tuple[int, dict[str, int]]:
 
 def ternary_encode(x, _, residual, loss_scale, n, codes, scales, block, stochastic, seed, step, stream, device):
     programs, tiling = _ternary_tiling(n, block)
-    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    draw = _draw(seed, step, stream)
     _launch(
         device, ternary.ternary_encode, programs, x, residual, loss_scale, codes, scales, *draw, n,
         STOCHASTIC=bool(stochastic), **tiling,
@@ -316,13 +321,13 @@ def _strata(n: int, k: int) -> tuple[int, int, dict[str, int]]:
 
 def randomk_encode(x, _, residual, loss_scale, n, values, k, scaled, seed, step, stream, device):
     programs, chunks, constants = _strata(n, k)
-    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    draw = _draw(seed, step, stream)
     _launch(device, randomk.randomk_encode, programs, x, residual, loss_scale, values, *draw, k, *divmod(n, max(k, 1)), chunks, SCALED=bool(scaled), **constants)
 
 
 def randomk_decode_sum(out, _, weight, n, rows, stride, values, k, seed, step, stream, device):
     programs, chunks, constants = _strata(n, k)
-    draw = _signed(seed), _signed(seed >> 32), _signed(step), _signed(stream)
+    draw = _draw(seed, step, stream)
     _launch(device, randomk.randomk_decode_sum, programs, out, weight, values, *draw, rows, values.stride(0), k, *divmod(n, max(k, 1)), chunks, **constants)
 
 

@@ -22,9 +22,10 @@ def integer_sum(plan: Plan) -> Prepared:
     A value is rounded once, by the rank that has it and keeps what that loses. Twice or more the bytes of a two_shot, which
     sends sums rounded again: int4 takes 8 bits up to 18 ranks, int8 16 bits up to 258.
     """
-    message, exactly = plan.message(0, plan.n, "integers"), plan.exactly
-    exact = torch.zeros(sum(count for _, count in exactly), dtype=torch.float32, device=plan.device)
-    exact_values = exact.split([count for _, count in exactly])
+    message = plan.message(0, plan.n, "integers")
+    places, counts = zip(*plan.exactly)
+    exact = torch.zeros(sum(counts), dtype=torch.float32, device=plan.device)
+    exactly = list(zip(places, exact.split(counts)))
     blocks, words = zip(*(part.compressor.shared_words(part.stop - part.start, plan.world) for part in plan.lossy))
     maxima, absmax = _words(blocks, plan.device)
     codes, sums = _words(words, plan.device)
@@ -36,7 +37,7 @@ def integer_sum(plan: Plan) -> Prepared:
                 yield part, kernels, x[part.start : part.stop], part.of(residual), most, words.view(torch.uint8)
 
         def measure(_: int) -> None:
-            for (place, _), values in zip(exactly, exact_values):
+            for place, values in exactly:
                 values.copy_(x[place])
                 x[place] = 0.0  # for the parts that it lies in
             for part, kernels, some, kept, most, _ in ready():
@@ -56,7 +57,7 @@ def integer_sum(plan: Plan) -> Prepared:
             raise failed
         for part, kernels, some, _, most, words in ready():
             part.compressor.decode_shared(kernels, some, plan.weight, most, words, plan.world)
-        for (place, _), values in zip(exactly, exact_values):
+        for place, values in exactly:
             x[place] = (values * plan.weight).to(x.dtype)
         plan.finite = (maxima < _INFINITY).all() & all_finite(exact)
 

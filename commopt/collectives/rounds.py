@@ -72,7 +72,8 @@ def _arrange(plan: Plan) -> tuple[list[Round], list, list]:
     """Round i averages the i-th field of every part, and the first one what travels exactly too. Returns the rounds, (part,
     its kernels, its fields' values) of each that works in rounds, and (where in the bucket, values) of what is exact."""
     parts = [p for p in plan.parts if p.compressor.collective == "rounds"]
-    exact = [("", parse("none"), count) for _, count in plan.exactly]
+    places, counts = zip(*plan.exactly)
+    exact = [("", parse("none"), count) for count in counts]
     trips: list[Round] = []
     averaged: list[list[Tensor]] = [[] for _ in parts]  # of each part
     exactly: list[tuple[Tensor | slice, Tensor]] = []
@@ -84,7 +85,7 @@ def _arrange(plan: Plan) -> tuple[list[Round], list, list]:
         for held, field in zip(taking, trip.views):
             held.append(field)
         if i == 0:
-            exactly = [(place, values) for (place, _), values in zip(plan.exactly, trip.views[len(parts) :])]
+            exactly = list(zip(places, trip.views[len(parts) :]))
     return trips, [(part, backends.select(plan.device), fields) for part, fields in zip(parts, averaged)], exactly
 
 

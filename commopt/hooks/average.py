@@ -207,22 +207,16 @@ def _work(t: Tensor) -> Tensor:
 
 def _buckets(works: list[Tensor]) -> list[list[int]]:
     """The places of what is averaged as one: neighbours of the same dtype. Integers are none of it."""
-    buckets: list[list[int]] = []
-    for dtype in dict.fromkeys(work.dtype for work in works if work.dtype != torch.int64):
-        bucket, size = [], 0
-        for i, work in enumerate(works):
-            if work.dtype != dtype or not work.is_sparse and not work.numel():
-                continue
-            if work.is_sparse:
-                buckets.append([i])
-                continue
-            if bucket and size + work.nbytes > _BUCKET:
-                buckets.append(bucket)
-                bucket, size = [], 0
-            bucket.append(i)
-            size += work.nbytes
-        if bucket:
-            buckets.append(bucket)
+    dense = [i for i, work in enumerate(works) if not work.is_sparse and work.dtype != torch.int64 and work.numel()]
+    buckets = [[i] for i, work in enumerate(works) if work.is_sparse]
+    for dtype in dict.fromkeys(works[i].dtype for i in dense):
+        room = 0
+        for i in (i for i in dense if works[i].dtype == dtype):
+            if room < works[i].nbytes:
+                buckets.append([])
+                room = _BUCKET
+            buckets[-1].append(i)
+            room -= works[i].nbytes
     return buckets
 
 

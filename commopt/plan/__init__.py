@@ -82,6 +82,11 @@ class Plan:
     def draw(self) -> tuple[int, int]:
         return self.seed, self.step
 
+    def fresh_residual(self) -> Tensor | None:
+        """Nothing kept yet, float32 [n] or [slots, n]; None where nothing will be."""
+        shape = (self.n,) if self.slots == 1 else (self.slots, self.n)
+        return torch.zeros(shape, dtype=torch.float32, device=self.device) if self.wants_residual else None
+
     def sends(self, own: int, size: int | None = None) -> None:
         """What the collective says of an exchange. own: bytes that this rank hands to the network. size: those of a rank on
         average, where they differ: all ranks have the same, and decide by it which exchanges travel together."""

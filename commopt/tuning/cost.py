@@ -51,8 +51,7 @@ def cost(
     """
     parameters = [Parameter("0", torch.Size(shape), torch.Size(shape).numel())]
     plan = Plan(0, parameters, dtype, torch.device(device), parse(spec).at(STEADY), {}, rank, world, nodes=nodes)
-    prepared = prepare(plan)
-    residual = torch.zeros((plan.n,) if plan.slots == 1 else (plan.slots, plan.n), device=device) if plan.wants_residual else None
+    prepared, residual = prepare(plan), plan.fresh_residual()
     gradient = torch.randn(plan.n, device=device).to(dtype)
     timelines, elsewhere = [], torch.empty(_CACHES, dtype=torch.uint8, device=device)
     for step in range(_TURNS + 1):  # the first one writes to memory that nobody has touched
@@ -72,8 +71,8 @@ class Timeline:
         self.far, self.near, self._device = far, near, device
         self.now = self.work = 0.0
         self.sent = self.rounds = 0
-        self._left: dict[Network, float] = {}  # when the last row of those under way will have left
-        self._free: dict[Network, float] = {}  # and of all
+        self._free: dict[Network, float] = {}  # when the last row will have left
+        self._awaited: set[Network] = set()  # where rows are under way
         self._since: float | None = None
 
     def run(self) -> None:
@@ -86,21 +85,21 @@ class Timeline:
 
     def row(self, nbytes: int, network: Network) -> None:
         """A row is on its way."""
-        self._left[network] = self._free[network] = max(self._free.get(network, 0.0), self.now) + nbytes / network.rate
+        self._free[network] = max(self._free.get(network, 0.0), self.now) + nbytes / network.rate
+        self._awaited.add(network)
         self.sent += nbytes
 
     def all_reduce(self, nbytes: int, world: int, network: Network) -> None:
         """In a ring: 2 (world - 1) times a share of it to the neighbour, the last latency in arrive()."""
         steps = 2 * (world - 1)
         self.row(steps * nbytes // world, network)
-        self._left[network] += (steps - 1) * network.latency
-        self._free[network] = self._left[network]
+        self._free[network] += (steps - 1) * network.latency
         self.rounds += steps - 1
 
     def arrive(self) -> None:
         """All that is awaited has come."""
-        self.now = max([self.now, *(left + network.latency for network, left in self._left.items())])
-        self._left.clear()
+        self.now = max([self.now, *(self._free[network] + network.latency for network in self._awaited)])
+        self._awaited.clear()
         self.rounds += 1
 
     @contextlib.contextmanager

@@ -39,8 +39,8 @@ def probe(link: Link, group: dist.ProcessGroup, number: int) -> Network:
     return Network(latency, (link.world - 1) * nbytes / max(took - latency, 1e-9))
 
 
-def timed(work: Callable[[], Exception | None], group: dist.ProcessGroup) -> float:
-    """Seconds that it takes when all ranks begin together."""
+def timed(work: Callable[[], Exception | None], group: dist.ProcessGroup | None = None) -> float:
+    """Seconds that work takes which all ranks of the group, by default all, begin together. Raises what it returns, if anything."""
     dist.barrier(group)
     begin = time.perf_counter()
     failed = work()
