@@ -28,6 +28,7 @@ DEVICE = "eth0"  # the interface of a rank, in its namespace
 UPLINK = "uplink"  # that of a machine of several ranks
 _PORT = 29500  # of the rendezvous, on rank 0's address: nothing else listens in a fresh namespace
 _MTU = 1500
+_CONGESTION = "cubic"  # Linux's default, whatever is set on this machine: others share a slow link otherwise
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21  # see capabilities(7)
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _numbers = itertools.count()
@@ -102,6 +103,8 @@ class Link:
             _ip("-n", name, "link", "set", "lo", "up")
             _connect(name, DEVICE, self.machines[rank // self.machine] if self.machines else self._switch, f"port{rank}")
             _ip("-n", name, "address", "add", f"{_address(rank)}/16", "dev", DEVICE)
+            if _CONGESTION in _available():
+                _ip("-n", name, "route", "replace", "10.77.0.0/16", "dev", DEVICE, "src", _address(rank), "congctl", _CONGESTION)
             if self.rate is not None and not self.machines:
                 shape(self.rate, name)
 
@@ -168,6 +171,12 @@ def sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _available() -> list[str]:
+    """The ways of TCP's congestion control that this kernel has."""
+    with open("/proc/sys/net/ipv4/tcp_available_congestion_control") as file:
+        return file.read().split()
 
 
 def _address(rank: int) -> str:

@@ -63,6 +63,7 @@ class SimulatedLink:
         self._reductions = {False: 0, True: 0}
         self._parts: dict[tuple, SimulatedLink] = {}
         self.failures: list[Exception] = []
+        self.heard = lambda: None
 
     def among(self, members):
         return self._parts.setdefault(members, SimulatedLink(self.network, self.me, tuple(self.members[r] for r in members)))

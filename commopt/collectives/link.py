@@ -2,8 +2,9 @@
 
 Each call begins at once and returns a Pending; `wait` returns when the rows have arrived. `fill(r)` is called to write
 the row for rank r, as late as the network allows, so that one row travels while the next is encoded. When it raises, or an
-earlier phase failed, the row is sent all the same, as 0xff bytes: the others wait for it. They learn of the failure when
-backward ends. A peer that is gone is a ConnectionError.
+earlier phase failed, the row is sent all the same, as 0xff bytes: the others wait for it. Whoever gets such a row asks what
+has happened; where none is looked at, on a device and in sums, they learn of the failure when backward ends. A peer that
+is gone is a ConnectionError.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .phases import Pending
+from .phases import SPOILT, Pending
 
 Fill = Callable[[int], None]
 _HANG_UP = 2**31 - 1  # a tag that no exchange uses
@@ -34,11 +35,15 @@ class Link:
     """Rows by point-to-point messages, for gloo. Receives are posted before sends: gloo's own all-to-all posts sends
     first and is half duplex about half of the time, and its reduce-scatter moves the bytes of a whole all-reduce.
 
+    on_failure(error): told of a failure before the row that shows it is sent. heard(): what another rank has told so.
     members: the ranks in the group that take part, this one among them; by default all.
     """
 
-    def __init__(self, group: dist.ProcessGroup, on_failure: Callable[[Exception], None], members: tuple[int, ...] = ()):
-        self.group, self._on_failure = group, on_failure
+    def __init__(
+        self, group: dist.ProcessGroup, on_failure: Callable[[Exception], None], heard: Callable[[], Exception | None] = lambda: None,
+        members: tuple[int, ...] = (),
+    ):
+        self.group, self._on_failure, self.heard = group, on_failure, heard
         members = members or tuple(range(dist.get_world_size(group)))
         self.rank, self.world = members.index(dist.get_rank(group)), len(members)
         self._peers = [dist.get_global_rank(group, r) for r in members]
@@ -55,7 +60,7 @@ class Link:
         return self._parts[members]
 
     def _part(self, members: tuple[int, ...]) -> "Link":
-        return type(self)(self.group, self._on_failure, members)
+        return type(self)(self.group, self._on_failure, self.heard, members)
 
     def open_late(self) -> None:
         """Makes ready for all_reduce(late=True), the first time by all ranks together."""
@@ -80,7 +85,7 @@ class Link:
         except Exception as error:  # post why the row is not what the others expect before it is sent
             self._on_failure(error)
             failed = error
-        row.fill_(0xFF)
+        row.fill_(SPOILT)
         return failed
 
     def _send(self, row: Tensor, r: int, tag: int, works: list) -> None:
@@ -90,6 +95,9 @@ class Link:
     def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> None:
         works += [dist.irecv(rows[r, : sizes[r]], self._peers[r], self.group, tag) for r in self.others() if sizes[r]]
 
+    def _pending(self, works: list, failed: Exception | None, rows: Tensor, sizes: list[int]) -> Pending:
+        return Pending(works, failed, [rows[r, : sizes[r]] for r in self.others()], self.heard)
+
     def scatter(
         self, departing: Tensor, arriving: Tensor, sizes: list[int], fill: Fill, number: int,
         failed: Exception | None = None, coming: list[int] | None = None,
@@ -97,9 +105,9 @@ class Link:
         """Row r of `departing` goes to rank r and arrives in row `self.rank` there. sizes[r] bytes are meant for rank r, by
         every rank unless `coming` says how many come from each. This rank's own row is written into `arriving` by fill.
         A phase of exchange `number`."""
-        works = []
+        works, coming = [], coming or [sizes[self.rank]] * self.world
         try:
-            self._receive(arriving, coming or [sizes[self.rank]] * self.world, 2 * number, works)
+            self._receive(arriving, coming, 2 * number, works)
             for r in self.others():
                 row = departing[r, : sizes[r]]
                 failed = self.written(fill, r, row, failed)
@@ -107,7 +115,7 @@ class Link:
             failed = self.written(fill, self.rank, arriving[self.rank], failed)
         except RuntimeError as error:  # a peer is gone
             failed = failed or ConnectionError(str(error))
-        return Pending(works, failed)
+        return self._pending(works, failed, arriving, coming)
 
     def gather(self, rows: Tensor, sizes: list[int], fill: Fill, number: int, failed: Exception | None = None) -> Pending:
         """Row r of every rank becomes what rank r writes there, sizes[r] bytes. A phase of exchange `number`."""
@@ -120,7 +128,7 @@ class Link:
                 self._send(own, r, 2 * number + 1, works)
         except RuntimeError as error:
             failed = failed or ConnectionError(str(error))
-        return Pending(works, failed)
+        return self._pending(works, failed, rows, sizes)
 
 
 class DeviceLink(Link):
@@ -130,7 +138,7 @@ class DeviceLink(Link):
     def _part(self, members):
         ranks, backend = [self._peers[r] for r in members], dist.get_backend(self.group)
         group = dist.new_group(ranks, timeout=timeout_of(self.group), backend=backend, use_local_synchronization=True)
-        return type(self)(group, self._on_failure)
+        return type(self)(group, self._on_failure, self.heard)
 
     def open_late(self) -> None:
         """The stream orders all of them."""
@@ -193,9 +201,9 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     return group._get_backend(torch.device(device)).options._timeout
 
 
-def link_for(device: torch.device, group: dist.ProcessGroup, on_failure: Callable[[Exception], None]) -> Link:
+def link_for(device: torch.device, group: dist.ProcessGroup, on_failure: Callable[[Exception], None], heard: Callable[[], Exception | None]) -> Link:
     if device.type == "cpu":
         kind = Link
     else:
         kind = StagedLink if dist.get_backend(group) == "gloo" else DeviceLink
-    return kind(group, on_failure)
+    return kind(group, on_failure, heard)

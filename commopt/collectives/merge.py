@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .link import Fill, Link
-from .phases import All, Pending, Phases, Prepared, advance
+from .phases import All, Pending, Phases, Prepared, advance, may_be_spoilt
 
 WORTH = 1 << 17  # bytes to each peer that are worth a message of their own: what a link of 10 Gbit/s carries in 0.1 ms
 
@@ -77,6 +77,8 @@ class Batch:
             for r in others:
                 for (_, notes), some in zip(running, arriving[r, : coming[r]].split([notes.into[r].numel() for _, notes in running])):
                     notes.into[r].copy_(some)
+                    if failed is None and some.device.type == "cpu" and may_be_spoilt(some):
+                        failed = self._link.heard()
             begun, wrong = advance([phases for phases, _ in running], failed)
             failure, phase = failure or wrong, phase + 1
             running = [one for one, pending in zip(running, begun) if pending]

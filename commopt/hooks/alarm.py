@@ -14,9 +14,14 @@ class Alarm:
         self.left = False  # whether this rank has hung up
 
     def raise_if_any(self, step: int) -> None:
-        """Raises what this rank or another has failed with up to this step, after hanging up."""
+        """Raises what this rank or another has failed with up to this step, after hanging up. Asks the store, a round trip on a
+        network that may be busy."""
         if self.error is None:
             self._hear(step)
+        self.raise_known()
+
+    def raise_known(self) -> None:
+        """The same with what is known here."""
         if self.error is not None:
             self.leave()
             raise self.error
@@ -34,15 +39,26 @@ class Alarm:
         if isinstance(error, ConnectionError):
             self.leave()
 
+    def heard(self) -> Exception | None:
+        """What another rank has failed with."""
+        posted = self._posted()
+        return RuntimeError(posted[1]) if posted else None
+
     def _hear(self, step: int) -> None:
         """Takes over the failure that another rank has posted, if one has."""
+        posted = self._posted()
+        if posted and posted[0] <= step:  # a rank that is ahead may have failed in a step that is still to come here
+            self.error = RuntimeError(posted[1])
+
+    def _posted(self) -> tuple[int, str] | None:
+        """The step and the text of the first failure."""
         try:
             if self.store.check(["abort"]):
-                failed, text = self.store.get("abort").decode().split(" ", 1)
-                if int(failed) <= step:  # a rank that is ahead may have failed in a step that is still to come here
-                    self.error = RuntimeError(text)
+                step, text = self.store.get("abort").decode().split(" ", 1)
+                return int(step), text
         except Exception:  # the store died with its host; the next exchange with it tells
             pass
+        return None
 
     def leave(self) -> None:
         """Hangs up: ranks that wait for this one, now or in a later step, find out at once and not at the timeout. A rank

@@ -114,7 +114,7 @@ class State:
             return None
         held = weakref.ref(self)  # the model's parameters know of it while they are awaited
         return Deferral(getattr(model, "module", model), self.schedule.waits, unused,
-                        lambda: held()._traffic.alarm.raise_if_any(held().step), lambda number: held()._waiting(number))
+                        lambda: held()._traffic.alarm.raise_known(), lambda number: held()._waiting(number))
 
     # --- one bucket ---
 
@@ -210,6 +210,8 @@ class State:
     def _begin_step(self, now: float) -> None:
         """now: when the first bucket of the step came."""
         self._finish()
+        if self._deferring and self.step >= 0:
+            self._traffic.alarm.raise_if_any(self.step)
         if self._planner:
             self._plan_order(now)
         self.step += 1
@@ -254,7 +256,10 @@ class State:
         else:
             self._exposed.end(self._device, backward_done)
         self._see_finite()
-        self._traffic.alarm.raise_if_any(self.step)
+        if self._deferring:
+            self._traffic.alarm.raise_known()  # the network is busy with gradients; _begin_step asks
+        else:
+            self._traffic.alarm.raise_if_any(self.step)
         if not self._said and self._active is not None:
             self._said = True
             if self.rank == 0:

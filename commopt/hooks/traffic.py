@@ -108,7 +108,7 @@ class Traffic:
     def _on(self, device: torch.device) -> tuple[Link, Runner]:
         if device not in self._links:
             group = self.control if device.type == "cpu" else self.group  # a default group may serve both, by name of neither
-            self._links[device] = link_for(device, group, lambda error: self._failed(error, "writing a message")), self._runner(device)
+            self._links[device] = link_for(device, group, lambda error: self._failed(error, "writing a message"), self.alarm.heard), self._runner(device)
         return self._links[device]
 
     def clocks(self) -> dict[str, float]:

@@ -121,6 +121,7 @@ class Mute(Link):
     def __init__(self, timeline: Timeline, nodes: tuple[tuple[int, ...], ...], rank: int, ranks: tuple[int, ...]):
         self.rank, self.world = ranks.index(rank), len(ranks)
         self._timeline, self._nodes, self._ranks, self._parts = timeline, nodes, ranks, {}
+        self.heard = lambda: None
 
     def _near(self, ranks: Iterable[int]) -> bool:
         """Whether these are in one node."""
