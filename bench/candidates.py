@@ -10,6 +10,7 @@ from commopt.compressors import STEADY
 
 POWERSGD = {f"torch:powersgd{rank}": rank for rank in (1, 2, 4, 8, 16)}
 EXTERNAL = ("plain", "torch:fp16", *POWERSGD)
+SCHEDULES = ("plain", "pipelined", "with_optimizer", "priority", "decoupled", "delayed")
 POWERSGD_STARTS = 2  # the first step that it compresses; the least it accepts
 
 
@@ -20,11 +21,18 @@ def check(specs: list[str]) -> None:
             commopt.parse(spec)
 
 
+def check_schedules(schedules: list[str]) -> None:
+    """ValueError for an unknown one."""
+    for schedule in schedules:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
+
+
 def wrap(
-    spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0
+    spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0, schedule: str | None = None
 ) -> tuple[DistributedDataParallel, commopt.State | None]:
     """The model in DDP with the hook that spec names, and the handle where it is ours. steady: without its warm-up.
-    bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
+    schedule: of ours, None is the default. bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
     ddp = DistributedDataParallel(model, bucket_cap_mb=1 << 20 if spec in POWERSGD else bucket_mb)
     handle = None
     if spec in POWERSGD:
@@ -34,7 +42,8 @@ def wrap(
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif spec != "plain":
         compressor = commopt.parse(spec)
-        handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed)
+        scheduled = {} if schedule in (None, "pipelined") else {"schedule": schedule}
+        handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed, **scheduled)
     return ddp, handle
 
 

@@ -1,0 +1,167 @@
+"""Training steps of DDP modules that differ in how they communicate, made in turns and timed from one to the next.
+
+A schedule lets communication go on after the optimizer's step, into the next forward: no step can be timed alone. Every
+candidate has a model of its own, from the same seed, and sees the same batches; all ranks begin its turn together. A turn is
+STEPS + 2 consecutive steps; it ends, behind the last measured moment, with handle.flush().
+
+    t[i]      the moment at which the last rank begins the backward of step i of a turn; i = 0, ..., STEPS + 1
+    step i    t[i + 1] - t[i], for i = 1, ..., STEPS: a backward, an optimizer step and the next forward, each once, and what
+              of communication they wait for
+
+Before t[0] nothing was under way, so the step from t[0] to t[1] is dropped: t[1] follows a full step, as t[STEPS + 1] does,
+and what is still under way at the one moment is at the other. The sum of a turn's steps is t[STEPS + 1] - t[1].
+
+Before the turns and after them all ranks must hold the same parameters, bit for bit, and with two ranks every schedule of a
+spec those of the first one, `none` those of plain DDP. `delayed` need not: it computes something else.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.profiler import record_function
+from torch.nn.parallel import DistributedDataParallel
+
+import commopt
+
+from . import launch, resident, timeline
+from .candidates import EXTERNAL, bytes_per_step, wrap
+from .steps import Work, check_same
+
+NO_SYNC = "no_sync"  # the candidate that does not communicate
+WARMUP = 14  # steps: orders are planned from the third and from the tenth
+STEPS = 4  # of a turn, measured
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.01, momentum=0.9), "adamw": partial(torch.optim.AdamW, lr=3e-4)}
+OTHER_MATHEMATICS = ("delayed",)
+
+
+@dataclass
+class Candidate:
+    """One row of the table: a model in training. starts: of each turn, when this rank began each backward."""
+
+    spec: str
+    schedule: str | None
+    work: Work
+    ddp: DistributedDataParallel
+    handle: commopt.State | None
+    optimizer: torch.optim.Optimizer
+    grown: int | None = None
+    steps: int = 0
+    starts: list[list[float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec} {self.schedule}" if self.schedule else self.spec
+
+    @property
+    def same_as(self) -> str | None:
+        """What this candidate's parameters have in common with those of others on two ranks; None: nothing."""
+        if self.spec in EXTERNAL[1:] or self.schedule in OTHER_MATHEMATICS:
+            return None
+        return "none" if self.spec == "plain" else self.spec
+
+    def parameters(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.ddp.parameters()])
+
+    def train(self, steps: int) -> list[float]:
+        """Consecutive steps, which all ranks begin together; when each backward began. Afterwards nothing is under way."""
+        batches = [self.work.batch(dist.get_rank(), self.steps + i) for i in range(steps)]
+        self.steps += steps
+        starts = []
+        dist.barrier()
+        with self.ddp.no_sync() if self.spec == NO_SYNC else contextlib.nullcontext():
+            for batch in batches:
+                with record_function("forward"):
+                    loss = self.work.loss(self.ddp, batch)
+                starts.append(time.perf_counter())  # of one clock: the ranks are processes of one machine
+                with record_function("backward"):
+                    loss.backward()
+                with record_function("optimizer"):
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+        if self.handle:
+            getattr(self.handle, "flush", lambda: None)()
+        dist.barrier()
+        return starts
+
+
+def candidate(spec: str, schedule: str | None, work: Work, optimizer: str, bucket_mb: float) -> Candidate:
+    torch.manual_seed(0)
+    ddp, handle = wrap("plain" if spec == NO_SYNC else spec, work.model(), steady=True, bucket_mb=bucket_mb, schedule=schedule)
+    return Candidate(spec, schedule, work, ddp, handle, OPTIMIZERS[optimizer](ddp.parameters()))
+
+
+def prepare(names: list[tuple[str, str | None]], work: Work, optimizer: str, bucket_mb: float, unshaped) -> list[Candidate]:
+    """The candidates, warm. unshaped(): a context in which the network is fast; the warm-up is not made there, because
+    schedules plan by what it takes."""
+    made = []
+    OPTIMIZERS[optimizer]([torch.zeros(1, requires_grad=True)]).step()  # torch imports its compiler here: memory of no candidate
+    for spec, schedule in names:
+        launch.progress(f"{spec} {schedule or ''}".strip() + ": warming up")
+        growth = resident.growth()
+        with unshaped():
+            made.append(candidate(spec, schedule, work, optimizer, bucket_mb))
+            dist.barrier()
+        made[-1].train(WARMUP)
+        made[-1].grown = growth()
+    return made
+
+
+def check(candidates: list[Candidate]) -> None:
+    """RuntimeError unless the parameters are finite and as equal as the module's docstring says."""
+    firsts: dict[str, Candidate] = {}
+    for c in candidates:
+        if c.spec == NO_SYNC:
+            continue
+        mine = c.parameters()
+        check_same(c.name, mine, "parameters")
+        if not mine.isfinite().all():
+            raise RuntimeError(f"{c.name}: parameters are not finite after {c.steps} steps, so nothing can be told from their bits")
+        if dist.get_world_size() == 2 and c.same_as:
+            first = firsts.setdefault(c.same_as, c)
+            if off := int((mine != first.parameters()).sum()):
+                raise RuntimeError(f"{c.name}: after {c.steps} steps {off} of {mine.numel()} parameters differ from those of {first.name}")
+
+
+def measure(candidates: list[Candidate], rounds: int) -> None:
+    for c in candidates:
+        if c.handle:
+            c.handle.reset_stats()
+    for turn in range(rounds):
+        for c in candidates:
+            launch.progress(f"round {turn + 1}/{rounds}: {c.name}")
+            c.starts.append(c.train(STEPS + 2))
+
+
+def durations(starts: list[list[float]]) -> list[float]:
+    """The measured steps of all turns, in ms, from t."""
+    return [1e3 * (after - before) for t in starts for before, after in zip(t[1:], t[2:])]
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Linear between the two values next to it: percentile(values, 0) is the least, percentile(values, 100) the greatest."""
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), percent / 100))
+
+
+def row(c: Candidate) -> dict[str, Any]:
+    """What all ranks together found of a candidate, and when the parts of one more step were at work on this one. Of bytes, waiting and memory, those of the rank that has most."""
+    stats = c.handle.stats() if c.handle else {}
+    sent = 0.0 if c.spec == NO_SYNC else bytes_per_step(c.spec, c.ddp, c.handle)
+    most = torch.tensor([sent, stats.get("exposed_ms", 0.0), c.grown or 0], dtype=torch.float64)
+    last = torch.tensor(c.starts, dtype=torch.float64)
+    for mine in (most, last):
+        dist.all_reduce(mine, dist.ReduceOp.MAX)
+    times = durations(last.tolist())
+    launch.progress(f"timeline: {c.name}")
+    events, period = timeline.record(lambda: c.train(STEPS + 2))
+    return {
+        "spec": c.spec, "schedule": c.schedule, "times_ms": times, **{f"p{p}_ms": percentile(times, p) for p in (50, 75, 90)},
+        "sent": float(most[0]), "exposed_ms": float(most[1]) if c.handle else None, "grown": int(most[2]) if c.grown is not None else None,
+        "predicted_ms": stats.get("predicted_ms"), "stats": {k: stats[k] for k in stats if k.endswith("_ms")},
+        "events": [{"lane": lane, "start_ms": start, "stop_ms": stop} for lane, start, stop in events], "period_ms": period,
+    }
