@@ -8,6 +8,7 @@ least one is.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ _BETWEEN = 8  # columns from one number of the axis to the next, at least
 
 def record(run: Callable[[], object]) -> tuple[list[Event], float]:
     """Calls run, which makes several steps. The events of a step and its length, see `period`."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else kineto tells stderr when it begins and when it ends
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=everywhere) as profiler:
         run()

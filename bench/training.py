@@ -100,7 +100,10 @@ def prepare(names: list[tuple[str, str | None]], work: Work, optimizer: str, buc
     """The candidates, warm. unshaped(): a context in which the network is fast; the warm-up is not made there, because
     schedules plan by what it takes."""
     made = []
-    OPTIMIZERS[optimizer]([torch.zeros(1, requires_grad=True)]).step()  # torch imports its compiler here: memory of no candidate
+    model = work.model()  # one step of it has torch load what it needs: memory of no candidate
+    work.loss(model, work.batch(0, 0)).backward()
+    OPTIMIZERS[optimizer](model.parameters()).step()
+    del model
     for spec, schedule in names:
         launch.progress(f"{spec} {schedule or ''}".strip() + ": warming up")
         growth = resident.growth()
