@@ -6,7 +6,7 @@ parts were at work.
     p50, p75, p90    percentiles of the measured steps of all turns, in ms
     of plain         p50 / plain DDP's p50
     added            p50 - p50 of no_sync, in ms. no_sync: the same without communication, and what no step can be below
-    exposed          ms per step that computation waited for communication, by the candidate's own account
+    exposed          ms per measured step that computation waited for communication, by the candidate's own account
     sent             MB that a rank hands to the network in a step, by the candidate's own account
     floor            sent / rate, in ms (with --emulate): what no step can be below either
     predicted        ms that the schedule expected of a step when it planned its order

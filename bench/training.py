@@ -42,7 +42,8 @@ OTHER_MATHEMATICS = ("delayed",)
 
 @dataclass
 class Candidate:
-    """One row of the table: a model in training. starts: of each turn, when this rank began each backward."""
+    """One row of the table: a model in training. starts: of each turn, when this rank began each backward. waited: seconds of
+    each turn's measured steps that computation waited for communication."""
 
     spec: str
     schedule: str | None
@@ -53,6 +54,7 @@ class Candidate:
     grown: int | None = None
     steps: int = 0
     starts: list[list[float]] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -68,17 +70,27 @@ class Candidate:
     def parameters(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.ddp.parameters()])
 
-    def train(self, steps: int) -> list[float]:
-        """Consecutive steps, which all ranks begin together; when each backward began. Afterwards nothing is under way."""
+    def exposed(self) -> float:
+        """Seconds that computation has waited, by the candidate's own account."""
+        stats = self.handle.stats() if self.handle else {"exposed_ms": 0.0, "steps": 0}
+        return 1e-3 * stats["exposed_ms"] * stats["steps"]
+
+    def train(self, steps: int) -> tuple[list[float], float]:
+        """Consecutive steps, which all ranks begin together. When each backward began, and what of the time from the second
+        to the last of them computation has waited. Afterwards nothing is under way."""
         batches = [self.work.batch(dist.get_rank(), self.steps + i) for i in range(steps)]
         self.steps += steps
-        starts = []
+        starts, waited = [], 0.0
         dist.barrier()
         with self.ddp.no_sync() if self.spec == NO_SYNC else contextlib.nullcontext():
-            for batch in batches:
+            for i, batch in enumerate(batches):
                 with record_function("forward"):
                     loss = self.work.loss(self.ddp, batch)
+                if i == 1:
+                    waited -= self.exposed()  # takes some time itself, which belongs to no measured step, nor does it below
                 starts.append(time.perf_counter())  # of one clock: the ranks are processes of one machine
+                if i == steps - 1:
+                    waited += self.exposed()
                 with record_function("backward"):
                     loss.backward()
                 with record_function("optimizer"):
@@ -87,7 +99,7 @@ class Candidate:
         if self.handle:
             getattr(self.handle, "flush", lambda: None)()
         dist.barrier()
-        return starts
+        return starts, waited
 
 
 def candidate(spec: str, schedule: str | None, work: Work, optimizer: str, bucket_mb: float) -> Candidate:
@@ -138,7 +150,9 @@ def measure(candidates: list[Candidate], rounds: int) -> None:
     for turn in range(rounds):
         for c in candidates:
             launch.progress(f"round {turn + 1}/{rounds}: {c.name}")
-            c.starts.append(c.train(STEPS + 2))
+            starts, waited = c.train(STEPS + 2)
+            c.starts.append(starts)
+            c.waited.append(waited)
 
 
 def durations(starts: list[list[float]]) -> list[float]:
@@ -155,7 +169,7 @@ def row(c: Candidate) -> dict[str, Any]:
     """What all ranks together found of a candidate, and when the parts of one more step were at work on this one. Of bytes, waiting and memory, those of the rank that has most."""
     stats = c.handle.stats() if c.handle else {}
     sent = 0.0 if c.spec == NO_SYNC else bytes_per_step(c.spec, c.ddp, c.handle)
-    most = torch.tensor([sent, stats.get("exposed_ms", 0.0), c.grown or 0], dtype=torch.float64)
+    most = torch.tensor([sent, 1e3 * sum(c.waited) / (len(c.waited) * STEPS), c.grown or 0], dtype=torch.float64)
     last = torch.tensor(c.starts, dtype=torch.float64)
     for mine in (most, last):
         dist.all_reduce(mine, dist.ReduceOp.MAX)
