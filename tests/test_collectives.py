@@ -150,7 +150,7 @@ def test_exchanges_that_travel_together_are_the_same(world):
                 for plans, x, kept in zip(buckets, xs, residuals):
                     for r, plan in enumerate(plans):
                         plan.step = step
-                        batches[r].add(lambda notes: plan.prepared.begin(notes, x[r], kept[r]), plan.size, lambda failure: None)
+                        batches[r].add(plan.prepared, x[r], kept[r], lambda failure: None)
                 wrong = run([batch.phases() for batch in batches])
                 assert not any(wrong)
             else:

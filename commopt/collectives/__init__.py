@@ -3,6 +3,7 @@ encode, yield what has to arrive, and go on when it has. `run` makes (plan, x) -
 
 from ..plan import Plan
 from .gather import gather
+from .halves import halves
 from .hierarchical import hierarchical
 from .integer_sum import integer_sum
 from .phases import Prepared
@@ -12,7 +13,7 @@ from .sum import sum
 from .two_shot import two_shot
 
 COLLECTIVES = {
-    "sum": sum, "gather": gather, "two_shot": two_shot, "sparse_two_shot": sparse_two_shot, "rounds": rounds,
+    "sum": sum, "halves": halves, "gather": gather, "two_shot": two_shot, "sparse_two_shot": sparse_two_shot, "rounds": rounds,
     "integer_sum": integer_sum, "hierarchical": lambda plan: hierarchical(plan, prepare),
 }
 

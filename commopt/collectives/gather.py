@@ -25,4 +25,4 @@ def gather(plan: Plan) -> Prepared:
         plan.finite = message.finite(rows)
 
     plan.sends((plan.world - 1) * message.nbytes)
-    return Prepared(plan, begin)
+    return Prepared(plan, begin, phases=1)

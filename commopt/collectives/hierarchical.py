@@ -74,7 +74,7 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         plan.sends(within.sent + sum(prepared.plan.sent for prepared, *_ in inner))
 
     count_bytes()
-    return Prepared(plan, begin, merges=False)
+    return Prepared(plan, begin, phases=2 + max((prepared.phases for prepared, *_ in inner), default=0), merges=False)
 
 
 def _intra(part: Part) -> Compressor:

@@ -62,7 +62,7 @@ def integer_sum(plan: Plan) -> Prepared:
         plan.finite = (maxima < _INFINITY).all() & all_finite(exact)
 
     plan.sends(2 * (plan.world - 1) * 4 * (maxima.numel() + codes.numel() + exact.numel()) // plan.world)
-    return Prepared(plan, begin, merges=False)
+    return Prepared(plan, begin, phases=2, merges=False)
 
 
 def _words(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .link import Fill, Link
-from .phases import All, Pending, Phases, advance
+from .phases import All, Pending, Phases, Prepared, advance
 
 WORTH = 1 << 17  # bytes to each peer that are worth a message of their own: what a link of 10 Gbit/s carries in 0.1 ms
 
@@ -38,21 +38,22 @@ class Batch:
 
     def __init__(self, link: Link, device: torch.device, number: int, buffers: dict[tuple[int, int], tuple[Tensor, Tensor]]):
         """number: of the first one, whose tags serve all. buffers: kept from step to step for batches that begin with it."""
-        self._link, self.device, self._number, self._buffers = link, device, number, buffers
+        self._link, self.device, self._buffers = link, device, buffers
         self._running: list[tuple[Phases, _Notes]] = []
         self._dones: list[Callable[[Exception | None], None]] = []
         self._failed: Exception | None = None
-        self.size = 0
+        self.number, self.size, self.count = number, 0, 0  # count: of phases
 
-    def add(self, begin: Callable[[Link], Phases], size: int, done: Callable[[Exception | None], None]) -> None:
-        """begin: the phases of an exchange over a link. size: its plan's. done: called when the batch has ended."""
+    def add(self, prepared: Prepared, x: Tensor, residual: Tensor | None, done: Callable[[Exception | None], None]) -> None:
+        """done: called when the batch has ended."""
         notes = _Notes(self._link)
-        phases = begin(notes)
+        phases = prepared.begin(notes, x, residual)
         failed = phases.send(None).wait()
         self._failed = self._failed or failed
         self._running.append((phases, notes))
         self._dones.append(done)
-        self.size += size
+        self.size += prepared.plan.size
+        self.count = max(self.count, prepared.phases)
 
     def done(self, failure: Exception | None) -> None:
         for done in self._dones:
@@ -72,7 +73,7 @@ class Batch:
                 if r in others:
                     torch.cat([notes.out[r] for _, notes in running], out=departing[r, : leaving[r]])
 
-            failed = yield self._link.scatter(departing, arriving, leaving, fill, self._number, failed, coming)
+            failed = yield self._link.scatter(departing, arriving, leaving, fill, self.number, failed, coming)
             for r in others:
                 for (_, notes), some in zip(running, arriving[r, : coming[r]].split([notes.into[r].numel() for _, notes in running])):
                     notes.into[r].copy_(some)
@@ -84,8 +85,8 @@ class Batch:
             raise failure
 
     def _rows(self, phase: int, nbytes: int) -> tuple[Tensor, Tensor]:
-        held = self._buffers.get((self._number, phase))
+        held = self._buffers.get((self.number, phase))
         if held is None or held[0].shape[1] < nbytes:
             shape = (self._link.world, nbytes)
-            held = self._buffers[self._number, phase] = tuple(torch.zeros(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
+            held = self._buffers[self.number, phase] = tuple(torch.zeros(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
         return held

@@ -1,5 +1,6 @@
 """What a collective is made of: it writes messages, yields what has to arrive, and goes on when it has."""
 
+import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -12,7 +13,7 @@ class Pending:
     """What has begun, arrivals and departures, and what already failed."""
 
     def __init__(self, works=(), failed: Exception | None = None):
-        self._works, self._failed = works, failed
+        self._works, self._failed, self.begun = works, failed, time.perf_counter()
 
     def wait(self) -> Exception | None:
         """What went wrong, or None. Never raises: a rank that stopped here would leave others waiting for its next row."""
@@ -31,22 +32,23 @@ Phases = Generator[Pending, Exception | None, None]  # yields what has to arrive
 class Prepared:
     """A collective with its messages and buffers for one plan. Not for two exchanges at a time.
 
-    begin(link, x, residual): the phases of an exchange, which averages x in place. merges: whether it does no more with the
-    link than to scatter and gather, so that its messages can travel in those of another exchange.
+    begin(link, x, residual): the phases of an exchange, which averages x in place. phases: how many there are, unless one
+    fails. merges: whether it does no more with the link than to scatter and gather, so that its messages can travel in those
+    of another exchange.
     """
 
-    def __init__(self, plan: Plan, begin: Callable[[Any, Tensor, Tensor | None], Phases], merges: bool = True):
-        self.plan, self.begin, self.merges = plan, begin, merges
+    def __init__(self, plan: Plan, begin: Callable[[Any, Tensor, Tensor | None], Phases], phases: int, merges: bool = True):
+        self.plan, self.begin, self.phases, self.merges = plan, begin, phases, merges
 
 
 class All(Pending):
     """What several exchanges have begun."""
 
     def __init__(self, begun: list[Pending]):
-        self._begun = begun
+        self._all, self.begun = begun, time.perf_counter()
 
     def wait(self) -> Exception | None:
-        failures = [pending.wait() for pending in self._begun]
+        failures = [pending.wait() for pending in self._all]
         return next((failed for failed in failures if failed), None)
 
 

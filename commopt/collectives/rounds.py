@@ -65,7 +65,7 @@ def rounds(plan: Plan) -> Prepared:
             plan.finite &= message.finite(rows)
 
     plan.sends((plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1]))
-    return Prepared(plan, begin)
+    return Prepared(plan, begin, phases=2 * len(trips) + (message is not None))
 
 
 def _arrange(plan: Plan) -> tuple[list[Round], list, list]:

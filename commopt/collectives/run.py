@@ -8,19 +8,31 @@ On a device everything is ordered by a stream beside the one that computes, and 
 
 import atexit
 import contextlib
+import itertools
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.futures import Future
+from torch.profiler import record_function
 
-from .phases import Phases
+from .phases import Pending, Phases
 
 Done = Callable[[Exception | None], None]  # called once, when an exchange has ended, with what went wrong; does not raise
+
+
+class Exchange(NamedTuple):
+    """number: that of its plan. count: of its phases."""
+
+    number: int
+    count: int
+    phases: Phases
+    done: Done
 
 
 def future_of(x: Tensor) -> Future:
@@ -28,49 +40,87 @@ def future_of(x: Tensor) -> Future:
     return Future(devices=[x.device] if x.device.type == "cuda" else None)
 
 
-class Runner:
-    """The threads and the stream of one handle."""
+class Clock:
+    """Seconds spent in phases that end with rows on their way, of rows under way, and in the phases after the last. A profiler
+    sees each, of the rows what a thread waits for, as `commopt::encode`, `commopt::comm` and `commopt::decode`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds.update(encode=0.0, comm=0.0, decode=0.0)
+
+    def advance(self, exchange: Exchange, phase: int, failed: Exception | None) -> Pending | None:
+        """Runs the phase that is due. What it has begun, or None behind the last. Raises what the phase does."""
+        try:
+            with self._counted("encode" if phase < exchange.count else "decode"):
+                return exchange.phases.send(failed)
+        except StopIteration:
+            return None
+
+    def wait(self, pending: Pending) -> Exception | None:
+        """Returns when all has arrived, what failed."""
+        with self._counted("comm", pending.begun):
+            return pending.wait()
+
+    @contextlib.contextmanager
+    def _counted(self, name: str, begin: float | None = None) -> Iterator[None]:
+        begin = time.perf_counter() if begin is None else begin
+        with record_function(f"commopt::{name}"):
+            yield
+        self.seconds[name] += time.perf_counter() - begin
+
+
+class Stream:
+    """Where exchanges run on a device: a stream beside the one that computes."""
 
     def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.clock: dict[str, float] = {}
-        self.reset_clock()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __bool__(self) -> bool:
+        return self._stream is not None
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """On that stream, after what is under way on the current one. On a CPU, right here."""
+        if self._stream is None:
+            yield
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                yield
+
+
+class Runner:
+    """Runs exchanges as they come, each phase when it is due. Threads or a stream of one handle."""
+
+    def __init__(self, device: torch.device):
+        self.stream, self.clock = Stream(device), Clock()
         self._stages = Stages(self.clock)
         atexit.register(_stop, weakref.ref(self))
 
-    def first(self, work: Callable[[], None]) -> None:
-        """Does what comes before an exchange, such as a first message that will travel with others, where exchanges run."""
-        with self._beside():
-            work()
-
-    def exchange(self, phases: Phases, done: Done) -> None:
-        """Begins the exchange that `phases` describe."""
-        if self.stream is None:
-            return self._stages.advance(0, phases, None, done)
-        with self._beside():
+    def exchange(self, exchange: Exchange) -> None:
+        """Begins it."""
+        if not self.stream:
+            return self._stages.advance(0, exchange, None)
+        with self.stream.beside():
             failed, failure = None, None
             try:
-                while True:
-                    failed = phases.send(failed).wait()
-            except StopIteration:
-                pass
+                for phase in itertools.count():
+                    pending = self.clock.advance(exchange, phase, failed)
+                    if pending is None:
+                        break
+                    failed = pending.wait()
             except Exception as error:
                 failure = error
-            done(failure)
+            exchange.done(failure)
 
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the stream of exchanges, after what is under way on the current one."""
-        if self.stream is None:
-            yield
-        else:
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-            with torch.cuda.stream(self.stream):
-                yield
+    def close(self) -> None:
+        """Nothing more follows in this step. Nothing has waited for that."""
 
-    def reset_clock(self) -> None:
-        """Seconds spent in phases that end with rows on their way, in waiting for rows, and in the phases after the last."""
-        self.clock.update(encode=0.0, comm=0.0, decode=0.0)
+    def finish(self) -> None:
+        """What has begun ends in its own time."""
 
     def stop(self) -> None:
         self._stages.stop()
@@ -80,23 +130,21 @@ class Stages:
     """A thread for each phase that follows a first one, started when an exchange first has such a phase. Threads hold this
     and not the runner, so that a handle that nobody holds any more goes."""
 
-    def __init__(self, clock: dict[str, float]):
+    def __init__(self, clock: Clock):
         self.clock = clock
         self._queues: list[queue.SimpleQueue] = []
         self._threads: list[threading.Thread] = []
 
-    def advance(self, stage: int, phases: Phases, failed: Exception | None, done: Done) -> None:
+    def advance(self, stage: int, exchange: Exchange, failed: Exception | None) -> None:
         """Runs the phase that is due, then hands the exchange to the thread that waits for what it has begun."""
-        failure, begin = None, time.perf_counter()
+        failure = None
         try:
-            pending, now = phases.send(failed), time.perf_counter()
-            self.clock["encode"] += now - begin
-            return self._queue(stage).put((pending, now, phases, done))
-        except StopIteration:
-            self.clock["decode"] += time.perf_counter() - begin
+            pending = self.clock.advance(exchange, stage, failed)
+            if pending is not None:
+                return self._queue(stage).put((pending, exchange))
         except Exception as error:
             failure = error
-        done(failure)
+        exchange.done(failure)
 
     def _queue(self, stage: int) -> queue.SimpleQueue:
         if stage == len(self._queues):  # only the stage before it, one thread, comes here first
@@ -108,11 +156,10 @@ class Stages:
     def _serve(self, stage: int) -> None:
         jobs = self._queues[stage]
         while (job := jobs.get()) is not None:
-            pending, begun, phases, done = job
-            failed = pending.wait()
-            self.clock["comm"] += time.perf_counter() - begun
-            self.advance(stage + 1, phases, failed, done)
-            del job, pending, phases, done  # nothing of a finished exchange lives until the next
+            pending, exchange = job
+            failed = self.clock.wait(pending)
+            self.advance(stage + 1, exchange, failed)
+            del job, pending, exchange  # nothing of a finished exchange lives until the next
 
     def stop(self) -> None:
         """Ends the threads. One that is still running when the interpreter goes down would abort the process; one that
@@ -121,7 +168,7 @@ class Stages:
             jobs.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=1.0)
+                thread.join(timeout=5.0)
         self._threads.clear()
 
 

@@ -32,7 +32,7 @@ def sparse_two_shot(plan: Plan) -> Prepared:
         if exchanges & (exchanges - 1) == 0 or exchanges % _PERIOD == 0:
             inner = _cut(plan, _density(x))
 
-    return Prepared(plan, begin)
+    return Prepared(plan, begin, phases=2)
 
 
 def _density(x: Tensor) -> Tensor:

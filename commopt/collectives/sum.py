@@ -18,4 +18,4 @@ def sum(plan: Plan) -> Prepared:
             plan.finite = all_finite(x)
 
     plan.sends(plan.reduced)
-    return Prepared(plan, begin, merges=False)
+    return Prepared(plan, begin, phases=1, merges=False)

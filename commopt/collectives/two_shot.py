@@ -38,4 +38,4 @@ def two_shot(
         plan.finite = shards.decode(x)
 
     plan.sends(shards.sent, shards.size)
-    return Prepared(plan, begin)
+    return Prepared(plan, begin, phases=2)

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compressors import Compressor
+from ..schedulers import Schedule
 from .state import State
 
 
@@ -26,7 +27,7 @@ def _hook_of_parameter(state: State, grad: torch.Tensor, parameter: torch.Tensor
 
 
 def attach(
-    obj: torch.nn.Module, spec: str | Compressor, *, rules: dict[str, str | Compressor] | None = None,
+    obj: torch.nn.Module, spec: str | Compressor, *, schedule: str | Schedule = "pipelined", rules: dict[str, str | Compressor] | None = None,
     group: dist.ProcessGroup | None = None, start_step: int = 1, seed: int = 0,
 ) -> State:
     """Compresses the gradient exchange of `obj`, a DistributedDataParallel module, compiled or not. One line, after DDP has
@@ -44,6 +45,6 @@ def attach(
     if ddp._comm_hooks:
         raise ValueError(f"this model already has the communication hook {ddp._comm_hooks[0][0].__qualname__}, and DDP takes one: "
                          "call handle.set(spec) on the handle of the first attach, or wrap the model anew")
-    state = State(ddp, spec, rules=rules, group=group, start_step=start_step, seed=seed)
+    state = State(ddp, spec, schedule=schedule, rules=rules, group=group, start_step=start_step, seed=seed)
     ddp.register_comm_hook(state, hook)
     return state

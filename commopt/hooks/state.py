@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +16,17 @@ from torch.futures import Future
 from .. import __version__
 from ..collectives import prepare
 from ..collectives.phases import Prepared
-from ..collectives.run import future_of
+from ..collectives.run import Runner, future_of
 from ..compressors import STEADY, Compressor, parse
 from ..plan import Parameter, Plan
 from ..residual import Residuals
+from ..schedulers import Schedule, parse_schedule
+from ..schedulers.awaited import can_wait
+from ..schedulers.deferral import Deferral
+from ..schedulers.launcher import Launcher
+from ..schedulers.order import Planner, Profile
 from .agreement import agree, nodes
+from .exposed import Exposed
 from .grad_scaler import LossScale
 from .traffic import Traffic
 
@@ -32,6 +39,7 @@ class State:
     model: the DistributedDataParallel module. spec: what to compress with, see `commopt.compressors()`.
     rules: {"pattern|pattern": spec}; the first pattern that matches a parameter's name wins. Without a rule, parameters
         with one dimension or fewer than 1024 elements travel exactly, in the same message.
+    schedule: when messages travel and what waits for them, see `commopt.schedules()`.
     group: the process group to average over, by default the model's. commopt makes groups of its own with its ranks.
     start_step: the first step that is compressed. Before it gradients are averaged exactly. The default leaves out the
         first step, whose buckets DDP throws away.
@@ -41,14 +49,14 @@ class State:
     """
 
     def __init__(
-        self, model: torch.nn.Module, spec: str | Compressor, *, rules: dict[str, str | Compressor] | None = None,
-        group: dist.ProcessGroup | None = None, start_step: int = 1, seed: int = 0,
+        self, model: torch.nn.Module, spec: str | Compressor, *, schedule: str | Schedule = "pipelined",
+        rules: dict[str, str | Compressor] | None = None, group: dist.ProcessGroup | None = None, start_step: int = 1, seed: int = 0,
     ):
         if not dist.is_initialized():
             raise RuntimeError("commopt needs a process group: call torch.distributed.init_process_group first")
         wrong = None
         try:
-            self._understand(spec, rules or {}, start_step)
+            self._understand(spec, schedule, rules or {}, start_step)
         except ValueError as error:  # raised when the others know of it: they would wait
             wrong = error
         self.start_step, self.seed = start_step, seed
@@ -57,11 +65,12 @@ class State:
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self._parameters = {id(p): Parameter(n, p.shape, p.numel()) for n, p in named}
         self._keep_alive = [p for _, p in named]  # an id is a key only while its owner lives
-        self._traffic = Traffic(group if group is not None else getattr(model, "process_group", None), self._fail)
+        runner = Launcher if not wrong and self.schedule.planned else Runner
+        self._traffic = Traffic(group if group is not None else getattr(model, "process_group", None), self._fail, runner)
         self.rank, self.world = self._traffic.rank, self._traffic.world
         facts = {
             "commopt": __version__, "arguments": f"refused: {wrong}" if wrong else "accepted",
-            "spec": str(spec), "rules": {k: str(v) for k, v in (rules or {}).items()}, "start_step": start_step, "seed": seed, "world size": self.world,
+            "spec": str(spec), "schedule": str(schedule), "rules": {k: str(v) for k, v in (rules or {}).items()}, "start_step": start_step, "seed": seed, "world size": self.world,
             "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
         }
         agree(self._traffic.control, facts)
@@ -79,15 +88,33 @@ class State:
         self._plan_numbers = itertools.count()
         self._backward = -1  # the number of the backward whose end is awaited
         self._sinks: list[tuple[Callable, int]] = []
+        self._deferral = self._defer(model)
+        self._planner = Planner() if self.schedule.planned else None
+        self._uses: list[tuple[int, float, float]] = []  # since the last backward: exchange, when it was asked for, how long that waited
+        self._computed = 0.0  # when backward was over
+        self._exposed, self._device = Exposed(), self._keep_alive[0].device if named else torch.device("cpu")
+        self._gradients: dict[tuple[int, ...], list[Tensor]] = {}  # where a bucket is and the ids of its parameters -> views of it
         self._said = False
         self._logged = self._seen_step = -1  # the last step that was given to the sinks, and whose finiteness was counted
         self.reset_stats()
 
-    def _understand(self, spec: str | Compressor, rules: dict[str, str | Compressor], start_step: int) -> None:
-        self.spec = parse(spec)
+    def _understand(self, spec: str | Compressor, schedule: str | Schedule, rules: dict[str, str | Compressor], start_step: int) -> None:
+        self.spec, self.schedule = parse(spec), parse_schedule(schedule)
         self.rules = {patterns: parse(rule) for patterns, rule in rules.items()}
         if not isinstance(start_step, int) or start_step < 0:
             raise ValueError(f"start_step must be the number of a step, 0 or more, got {start_step!r}")
+
+    def _defer(self, model: torch.nn.Module) -> Deferral | None:
+        """What has gradients awaited, where the schedule wants that and the model allows it."""
+        if self.schedule.waits not in ("step", "use"):
+            return None
+        unused = getattr(model, "find_unused_parameters", False) or getattr(model, "static_graph", False)
+        if unused and getattr(model, "gradient_as_bucket_view", False):
+            log.warning("commopt: with unused parameters and gradient_as_bucket_view, DDP itself waits for all gradients when backward is over")
+            return None
+        held = weakref.ref(self)  # the model's parameters know of it while they are awaited
+        return Deferral(getattr(model, "module", model), self.schedule.waits, unused,
+                        lambda: held()._traffic.alarm.raise_if_any(held().step), lambda number: held()._waiting(number))
 
     # --- one bucket ---
 
@@ -95,6 +122,7 @@ class State:
         """Averages x, the flat gradient of the parameters, in place. The future holds x. Never raises: see `_end_step`.
         last: whether none follows in this step. A small exchange waits for the next, or for the end of the backward."""
         backward = torch._C._current_graph_task_id()  # -1: none, this rank has joined
+        began = time.perf_counter()
         try:
             if backward not in (-1, self._backward):  # with reentrant checkpoints a step has several, each with its end
                 self._backward = backward
@@ -102,11 +130,21 @@ class State:
             known = [self._parameters[id(p)] for p in parameters]
             if not self._traffic.alarm.left:
                 if self.step < 0 or known[0].name in self._exchanged:
-                    self._begin_step()
+                    self._begin_step(began)
                 self._exchanged.update(p.name for p in known)
-                future = self._send(x, known, tuple(map(id, parameters)), joined=backward == -1)
-                if last:
+                prepared = self._buckets.get(tuple(map(id, parameters))) or self._make_plan(x, known, tuple(map(id, parameters)))
+                future = self._send(x, prepared, joined=backward == -1)
+                if last or self.schedule.waits == "hook":
                     self._traffic.close_batch()
+                if len(self._exchanged) == len(self._parameters):
+                    self._traffic.close()
+                if self._deferring and backward != -1 and not x.is_sparse and all(map(can_wait, parameters)):
+                    number = self._traffic.travels_as[prepared.plan.number]
+                    self._deferral.expect(number, list(parameters), self._views(x, parameters), future)
+                    return _completed(x)
+                if self.schedule.waits == "hook":
+                    with self._waiting(prepared.plan.number):
+                        future.wait()
                 return future
         except Exception as error:
             self._fail(error, "in the hook")
@@ -115,8 +153,30 @@ class State:
             raise self._traffic.alarm.error
         return _completed(x)
 
-    def _send(self, x: Tensor, known: list[Parameter], key: tuple[int, ...], joined: bool) -> Future:
-        prepared = self._buckets.get(key) or self._make_plan(x, known, key)
+    @property
+    def _deferring(self) -> bool:
+        return self._deferral is not None and not self._deferral.compiled
+
+    def _views(self, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+        """The parameters' gradients in the bucket x, laid out as DDP does it."""
+        key = (x.data_ptr(), *map(id, parameters))
+        if key not in self._gradients:
+            self._gradients = {k: views for k, views in self._gradients.items() if set(k[1:]).isdisjoint(key[1:])}
+            flats = x.split([p.numel() for p in parameters])
+            dense = [torch.empty_like(p, device="meta").stride() == p.stride() for p in parameters]  # else DDP packs it
+            self._gradients[key] = [f.as_strided(p.shape, p.stride()) if d else f.view(p.shape) for f, p, d in zip(flats, parameters, dense)]
+        return list(self._gradients[key])
+
+    @contextlib.contextmanager
+    def _waiting(self, number: int) -> Iterator[None]:
+        """Entered for as long as computation waits for that exchange."""
+        self._traffic.close()
+        began = time.perf_counter()
+        with self._exposed.waiting(self._device):
+            yield
+        self._uses.append((number, began, time.perf_counter() - began))
+
+    def _send(self, x: Tensor, prepared: Prepared, joined: bool) -> Future:
         plan = prepared.plan
         plan.step, plan.loss_scale, plan.finite = self.step, self._scale_on(x.device), None
         self._bytes_raw += x.numel() * x.element_size()
@@ -130,19 +190,28 @@ class State:
 
     def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Prepared:
         """A plan for a bucket that was not seen before. The ranks compare what they are about to do."""
+        self._traffic.finish()
         names = {p.name for p in known}
         self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
         plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
+        if self.schedule.halves and plan.collective == "sum" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and plan.n:
+            plan.collective = "halves"
         agree(self._traffic.control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
         self._residuals.serve(plan)
         self._traffic.free()
+        if self._planner:
+            self._planner.reset()
         self._buckets[key] = prepare(plan)
         return self._buckets[key]
 
     # --- one step ---
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, now: float) -> None:
+        """now: when the first bucket of the step came."""
+        self._finish()
+        if self._planner:
+            self._plan_order(now)
         self.step += 1
         self._steps += 1
         self._exchanged.clear()
@@ -157,19 +226,34 @@ class State:
         if self._loss_scale.updated():
             self._residuals.follow(self._loss_scale.value, self._loss_scale.backoff)
 
+    def _finish(self) -> None:
+        """Returns when nothing of a step is under way any more."""
+        if self._deferral is not None:
+            self._deferral.flush()
+            self._deferral.forget()
+            self._traffic.finish()
+        self._see_finite()
+
+    def _plan_order(self, now: float) -> None:
+        """The order in which the next step's exchanges are launched."""
+        uses, self._uses = self._uses, []
+        for launcher in self._traffic.runners:  # of one device: DDP has no more
+            if launcher.round.log.done and self._buckets:
+                self._planner.observe(Profile.of(launcher.round.log, self._computed, uses, now), self._traffic.control)
+            launcher.begin(self._planner.order)
+
     def _compressors(self, compressed: int) -> tuple[Compressor, dict[str, Compressor]]:
         """Spec and rules in the given compressed step, counted from 0."""
         return self.spec.at(compressed), {patterns: rule.at(compressed) for patterns, rule in self.rules.items()}
 
-    def _end_step(self, backward_done: float) -> None:
+    def _end_step(self, backward_done) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
         on all ranks, with the reducer in good order."""
-        self._exposed += time.perf_counter() - backward_done
-        finite = [plan.finite for plan in self._plans if plan.finite is not None]
-        for plan in self._plans:
-            plan.finite = None
-        if finite:
-            self._see(torch.stack([f.to(finite[0].device) for f in finite]).all())
+        if self._deferring:
+            self._deferral.backward_is_over()
+        else:
+            self._exposed.end(self._device, backward_done)
+        self._see_finite()
         self._traffic.alarm.raise_if_any(self.step)
         if not self._said and self._active is not None:
             self._said = True
@@ -179,6 +263,14 @@ class State:
             if self.step % every == 0 and self._logged != self.step:
                 sink(self.stats(), self.step)
         self._logged = self.step
+
+    def _see_finite(self) -> None:
+        """Looks at the means that have come."""
+        finite = [plan.finite for plan in self._plans if plan.finite is not None]
+        for plan in self._plans:
+            plan.finite = None
+        if finite:
+            self._see(torch.stack([f.to(finite[0].device) for f in finite]).all())
 
     def _see(self, finite: Tensor) -> None:
         """Counts a step once, however many ends its backward had. On a device the count stays there: nobody waits for it."""
@@ -223,22 +315,34 @@ class State:
         finally:
             self._paused = was
 
+    def flush(self) -> None:
+        """Returns when all gradients have come and all steps that optimizers were asked for are taken. A use of a gradient or a
+        parameter does the same for that one; this is for what looks at them from outside of Python."""
+        self._finish()
+
     def detach(self) -> None:
         """Averages exactly for ever and frees residuals and messages. DDP keeps a hook until it is deleted."""
+        self._finish()
+        if self._deferral is not None:
+            self._deferral.stop()
+            self._deferral = None
         self._paused, self._residuals = True, Residuals()
         self._buckets = {}
         self._traffic.free()
 
     def reset_stats(self) -> None:
-        self._steps, self._bytes_raw, self._bytes_wire, self._exposed = 0, 0, 0, 0.0
+        self._steps, self._bytes_raw, self._bytes_wire = 0, 0, 0
+        self._exposed.reset()
         self._nonfinite: Any = 0
         self._traffic.reset_clocks()
 
     def stats(self) -> dict[str, Any]:
         """Since the start or reset_stats(), per rank: steps; bytes_raw and bytes_wire, gradients and what was handed to the
         network for them (for an all-reduce, what a ring sends); ratio of the two; milliseconds per step of encoding (with
-        summing a shard), of rows under way (they overlap) and of decoding, and exposed_ms, what backward waited after its
-        own work was done; residual_norm; nonfinite_steps; spec: bucket number -> its specs."""
+        summing a shard), of rows under way (they overlap) and of decoding, and exposed_ms, for which computation waited for
+        communication; predicted_ms of a step in the planned order, if there is one; residual_norm; nonfinite_steps; deferred_steps
+        and early_steps, in which optimizers left buckets for later, and in which something looked at gradients before them; spec:
+        bucket number -> its specs."""
         per_step = 1e3 / max(1, self._steps)
         return {
             "steps": self._steps,
@@ -246,7 +350,10 @@ class State:
             "bytes_wire": self._bytes_wire,
             "ratio": self._bytes_raw / self._bytes_wire if self._bytes_wire else 1.0,
             **{f"{name}_ms": per_step * seconds for name, seconds in self._traffic.clocks().items()},
-            "exposed_ms": per_step * self._exposed,
+            "exposed_ms": per_step * self._exposed.seconds,
+            "predicted_ms": 1e3 * self._planner.predicted if self._planner and self._planner.predicted else None,
+            "deferred_steps": self._deferral.deferred_steps if self._deferral else 0,
+            "early_steps": self._deferral.early_steps if self._deferral else 0,
             "residual_norm": self._residuals.norm(),
             "nonfinite_steps": int(self._nonfinite),
             "spec": {plan.number: plan.describe()["specs"] for plan in self._plans},
@@ -259,6 +366,7 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, loadable with torch.load's default. A collective call: every rank gets the mean residual, so the
         file of any one rank is complete and any number of ranks can load it."""
+        self._finish()
         return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": self._residuals.mean(self._traffic.control)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,13 +374,14 @@ class State:
         if not isinstance(state, dict) or state.get("version") != 1 or not {"step", "residual"} <= state.keys():
             raise ValueError("state must be what handle.state_dict() returned, with version 1, step and residual, got "
                              + (f"version {state.get('version')!r} and keys {', '.join(map(str, state))}" if isinstance(state, dict) else repr(state)))
+        self._finish()
         self._residuals.load(state["residual"], {p.name: p.numel for p in self._parameters.values()})
         self.step = state["step"]
         self._exchanged = {p.name for p in self._parameters.values()}  # so that the next exchange begins a step
 
     def __str__(self) -> str:
         raw, sent = (sum(d[k] for d in self.plan) for k in ("bytes_raw", "bytes_sent"))
-        text = (f"commopt: {self.spec} on {len(self._plans)} buckets from step {self.start_step} on, "
+        text = (f"commopt: {self.spec}, {self.schedule}, on {len(self._plans)} buckets from step {self.start_step} on, "
                 f"{raw / 1e6:.1f} MB of gradients as {sent / 1e6:.1f} MB per rank and step")
         if self._active != self._compressors(STEADY):
             text += " during the warm-up"
@@ -310,7 +419,9 @@ def _after_backward(state: State) -> None:
 
     def before() -> None:
         state._traffic.close_batch()  # DDP has a last bucket, but not in every mode
-        computed = time.perf_counter()
-        engine.queue_callback(lambda: state._end_step(computed))
+        if not state._deferring:
+            state._traffic.close()
+        state._computed, began = time.perf_counter(), state._exposed.begin(state._device)
+        engine.queue_callback(lambda: state._end_step(began))
 
     engine.queue_callback(before)

@@ -11,7 +11,7 @@ from torch.futures import Future
 from ..collectives.link import Link, link_for, timeout_of
 from ..collectives.merge import WORTH, Batch
 from ..collectives.phases import Prepared
-from ..collectives.run import Runner, future_of
+from ..collectives.run import Exchange, Runner, future_of
 from .alarm import Alarm
 
 _numbers = itertools.count()
@@ -19,13 +19,16 @@ _numbers = itertools.count()
 
 class Traffic:
     """group: the ranks, by default all. failed(error, where): told of what goes wrong, on any thread; it posts to `alarm`.
+    runner: what runs the exchanges on a device.
 
     Making one is a collective call. Exchanges are begun in the same order on all ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, failed: Callable[[Exception, str], None]):
+    def __init__(
+        self, group: dist.ProcessGroup | None, failed: Callable[[Exception, str], None], runner: Callable[[torch.device], Runner] = Runner
+    ):
         group = group or dist.group.WORLD
-        self._failed = failed
+        self._failed, self._runner = failed, runner
         self.ranks, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
         timeout = timeout_of(group)
         # All ranks of the job can make a group together; of a part of them only its members come here.
@@ -41,6 +44,7 @@ class Traffic:
         self._links: dict[torch.device, tuple[Link, Runner]] = {}
         self._batch: Batch | None = None  # small exchanges that wait for company
         self._merged: dict = {}  # buffers of batches
+        self.travels_as: dict[int, int] = {}  # the number of a plan -> that of the exchange in which its messages travel
 
     def exchange(self, prepared: Prepared, x: Tensor, residual: Tensor | None) -> Future:
         """Begins to average x in place. A small exchange waits for the next or for close_batch."""
@@ -57,13 +61,16 @@ class Traffic:
         worth = WORTH * (self.world - 1)
         if not prepared.merges or plan.size >= worth:
             self.close_batch()  # in the order in which they were begun, which is the same on all ranks
-            runner.exchange(prepared.begin(link, x, residual), done)
+            self.travels_as[plan.number] = plan.number
+            runner.exchange(Exchange(plan.number, prepared.phases, prepared.begin(link, x, residual), done))
             return future
         if self._batch is not None and self._batch.device != x.device:
             self.close_batch()
         if self._batch is None:
             self._batch = Batch(link, x.device, plan.number, self._merged)
-        runner.first(lambda: self._batch.add(lambda notes: prepared.begin(notes, x, residual), plan.size, done))
+        self.travels_as[plan.number] = self._batch.number
+        with runner.stream.beside():
+            self._batch.add(prepared, x, residual, done)
         if self._batch.size >= worth:
             self.close_batch()
         return future
@@ -72,30 +79,46 @@ class Traffic:
         """Sends the small exchanges that wait."""
         batch, self._batch = self._batch, None
         if batch is not None:
-            self._on(batch.device)[1].exchange(batch.phases(), batch.done)
+            self._on(batch.device)[1].exchange(Exchange(batch.number, batch.count, batch.phases(), batch.done))
 
     def drop_batch(self) -> None:
         """Forgets what waits and will not be sent."""
         self._batch = None
 
+    def close(self) -> None:
+        """Nothing more follows in this step."""
+        self.close_batch()
+        for runner in self.runners:
+            runner.close()
+
+    def finish(self) -> None:
+        """Returns when nothing is under way that a planned order holds back."""
+        self.close()
+        for runner in self.runners:
+            runner.finish()
+
     def free(self) -> None:
         """Frees the buffers of batches, which are made anew."""
-        self._merged = {}
+        self._merged, self.travels_as = {}, {}
+
+    @property
+    def runners(self) -> list[Runner]:
+        return [runner for _, runner in self._links.values()]
 
     def _on(self, device: torch.device) -> tuple[Link, Runner]:
         if device not in self._links:
             group = self.control if device.type == "cpu" else self.group  # a default group may serve both, by name of neither
-            self._links[device] = link_for(device, group, lambda error: self._failed(error, "writing a message")), Runner(device)
+            self._links[device] = link_for(device, group, lambda error: self._failed(error, "writing a message")), self._runner(device)
         return self._links[device]
 
     def clocks(self) -> dict[str, float]:
         """Seconds of encode, comm and decode since reset_clocks."""
-        return {name: sum(runner.clock[name] for _, runner in self._links.values()) for name in ("encode", "comm", "decode")}
+        return {name: sum(runner.clock.seconds[name] for runner in self.runners) for name in ("encode", "comm", "decode")}
 
     def reset_clocks(self) -> None:
-        for _, runner in self._links.values():
-            runner.reset_clock()
+        for runner in self.runners:
+            runner.clock.reset()
 
     def stop(self) -> None:
-        for _, runner in self._links.values():
+        for runner in self.runners:
             runner.stop()

@@ -1,0 +1,10 @@
+"""When messages travel, and what waits for them. One schedule per file; importing this package registers them all."""
+
+from .base import Schedule, parse_schedule, register, schedules
+from .plain import Plain
+from .pipelined import Pipelined
+from .with_optimizer import WithOptimizer
+from .priority import Priority
+from .decoupled import Decoupled
+
+__all__ = ["Schedule", "parse_schedule", "register", "schedules"]

@@ -1,0 +1,271 @@
+"""Exchanges that backward does not wait for: gradients that are awaited, and optimizer steps that wait with them.
+
+When backward is over, the gradients of exchanges that are under way are made awaited (see `awaited`). Whoever looks at one,
+to clip it or to check it for infinities, waits for its bucket there, and nothing is deferred any more for that bucket. Those
+that nobody has looked at when the optimizer is asked for its step are hidden from it: it steps with what is there, and for
+each of the other buckets once it has come, with the settings that it had when it was asked. Until then the bucket's
+parameters are awaited, in the next forward or wherever they are used.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .awaited import AwaitedGradient, arrived, await_, can_wait
+from .optimizer_step import is_per_parameter, settings, step
+
+
+class Arrival:
+    """One exchange that is under way: the parameters, their averaged gradients when `future` is done, and the steps that
+    optimizers will take with them."""
+
+    def __init__(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future):
+        self.number, self.parameters, self.gradients, self.future = number, parameters, gradients, future
+        self.steps: dict[Optimizer, dict[int, dict[str, Any]]] = {}  # optimizer -> number of its group -> settings and params
+        self.over = False
+
+    def take(self, optimizer: Optimizer, number: int, group: dict[str, Any], p: Tensor) -> None:
+        groups = self.steps.setdefault(optimizer, {})
+        if number not in groups:
+            groups[number] = settings(group) | {"params": []}
+        groups[number]["params"].append(p)
+
+
+class Deferral:
+    """The awaited gradients and parameters of one model.
+
+    until: "step", where every bucket's optimizer step is taken within optimizer.step(), or "use", where it may wait for the
+    next forward. unused: whether parameters may get no gradient on any rank; DDP leaves their grad as it was, and so does this.
+    ended(): called when an exchange has ended; raises what it failed with. waiting(number): entered for as long as somebody waits
+    for that exchange.
+    """
+
+    def __init__(
+        self, module: nn.Module, until: str, unused: bool, ended: Callable[[], None], waiting: Callable[[int], AbstractContextManager]
+    ):
+        self.until, self._unused, self._ended, self._waiting = until, unused, ended, waiting
+        self.compiled = False  # whether there is compiled code, which does not notice awaited tensors
+        self.deferred_steps = self.early_steps = 0
+        self._lock = threading.RLock()
+        self._coming: list[tuple[Arrival, list]] = []  # of the backward that is under way, with what grad was before DDP writes it
+        self._pending: list[Arrival] = []  # of one that is over, in the order in which they were begun
+        self._lent: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, which lie in DDP's buckets
+        self._hidden: list[tuple[Arrival, Tensor, Tensor]] = []  # while an optimizer steps: the parameters that must wait, with gradients
+        self._looked_early = self._stepping = self._asked = False
+        self._optimizers: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()  # with our hooks
+        self._modules = weakref.WeakSet(module.modules())
+        self._module_hook: Any = None
+        self._guard(module)
+
+    # --- a backward ---
+
+    def expect(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future) -> None:
+        """An exchange has begun, whose gradients will be awaited when this backward is over."""
+        before = [_version(p.grad) for p in parameters] if self._unused else [None] * len(parameters)
+        self._coming.append((Arrival(number, parameters, gradients, future), before))
+
+    def forget(self) -> None:
+        """The backward that was under way has failed."""
+        self._coming = []
+
+    def backward_is_over(self) -> None:
+        """Makes the gradients awaited."""
+        with self._lock:
+            for arrival, before in self._coming:
+                used = [p.grad is not None and (was is None or _version(p.grad) != was) for p, was in zip(arrival.parameters, before)]
+                for values in (arrival.parameters, arrival.gradients):
+                    values[:] = [value for value, there in zip(values, used) if there]
+                for p, g in zip(arrival.parameters, arrival.gradients):
+                    arrived(g)
+                    p.grad = g
+                    await_(g, lambda arrival=arrival: self._look(arrival))
+                self._pending.append(arrival)
+                self._lent += zip(arrival.parameters, arrival.gradients)
+            self._coming, self._looked_early = [], False
+
+    def flush(self) -> None:
+        """Returns when all gradients and parameters are there."""
+        with self._lock:
+            self._show_hidden()
+            while self._pending:
+                self._arrive(self._pending[0])
+
+    def _look(self, arrival: Arrival) -> None:
+        """Somebody looks at a gradient."""
+        if not arrival.steps and not self._looked_early:
+            self._looked_early = True
+            self.early_steps += 1
+        self._arrive(arrival)
+
+    def _arrive(self, arrival: Arrival) -> None:
+        with self._lock:
+            if arrival.over:
+                return
+            with self._waiting(arrival.number):
+                arrival.future.wait()
+            arrival.over = True
+            self._pending.remove(arrival)
+            for tensor in (*arrival.parameters, *arrival.gradients):
+                arrived(tensor)
+            if not self._pending:
+                self._watch_modules(False)
+            self._ended()
+            self._stepping = True
+            try:
+                gradients = dict(zip(arrival.parameters, arrival.gradients))
+                for optimizer, groups in arrival.steps.items():
+                    step(optimizer, list(groups.values()), gradients)
+            finally:
+                self._stepping = False
+
+    # --- a step of an optimizer ---
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Called before all other hooks of the step."""
+        if self._stepping or not self._pending:
+            return
+        with self._lock:
+            self._show_hidden()
+            for arrival in [a for a in self._pending if a.future.done() or a.steps.get(optimizer)]:
+                self._arrive(arrival)  # what is there takes part in the step, and what waits for an earlier step takes that first
+        if not self._pending or len(args) > 1 or kwargs.get("closure") is not None or not is_per_parameter(optimizer):
+            return  # the gradients make it wait
+        # These are to be the last hook before the step, and the first after it: others may look at gradients too.
+        if optimizer not in self._optimizers:
+            held = weakref.ref(self)
+            self._optimizers[optimizer] = (
+                optimizer.register_step_pre_hook(lambda o, a, k: _call(held, Deferral._hide, o)),
+                optimizer.register_step_post_hook(lambda o, a, k: _call(held, Deferral._after_step, o)),
+                optimizer.register_state_dict_pre_hook(lambda o: _call(held, Deferral.flush)),
+                optimizer.register_load_state_dict_pre_hook(lambda o, state: _call(held, Deferral.flush)),
+            )
+        before, after, *_ = self._optimizers[optimizer]
+        optimizer._optimizer_step_pre_hooks.move_to_end(before.id)
+        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)
+        self._asked = True
+
+    def _hide(self, optimizer: Optimizer) -> None:
+        asked, self._asked = self._asked, False
+        if not asked:
+            return
+        with self._lock:
+            for arrival in self._pending:
+                where = dict(zip(arrival.parameters, arrival.gradients))
+                for number, group in enumerate(optimizer.param_groups):
+                    for p in group["params"]:
+                        g = where.get(p)
+                        if g is not None and p.grad is g and type(g) is AwaitedGradient and can_wait(p):
+                            arrival.take(optimizer, number, group, p)
+                            self._hidden.append((arrival, p, g))
+            for _, p, _ in self._hidden:
+                p.grad = None
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if not self._hidden:
+            return
+        with self._lock:
+            self.deferred_steps += 1
+            for arrival, p, _ in self._hidden:
+                await_(p, lambda arrival=arrival: self._arrive(arrival))
+            self._show_hidden()
+            if self.until == "step":
+                for arrival in [a for a in self._pending if optimizer in a.steps]:
+                    self._arrive(arrival)
+            elif self._pending:
+                self._watch_modules(True)
+
+    def _show_hidden(self) -> None:
+        hidden, self._hidden = self._hidden, []
+        for _, p, g in hidden:
+            p.grad = g
+
+    # --- what does not notice awaited tensors ---
+
+    def _return_lent(self) -> None:
+        """Another backward begins to accumulate. Gradients that were not set to None are not to lie where it reduces them."""
+        self.flush()
+        lent, self._lent = self._lent, []
+        for p, g in lent:
+            if p.grad is g:
+                p.grad = g.clone()
+
+    def _watch_modules(self, on: bool) -> None:
+        """A module's own parameters are there before its forward, for C++ that it calls. Code that computes without
+        gradients may take another path for the sake of a tensor's class, and TorchScript sees none: for them all are there."""
+        if not on and self._module_hook is not None:
+            self._module_hook.remove()
+            self._module_hook = None
+        elif on and self._module_hook is None:
+            self._module_hook = nn.modules.module.register_module_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        if module not in self._modules:
+            return
+        if not torch.is_grad_enabled() or isinstance(module, torch.jit.ScriptModule):
+            self.flush()
+        for p in module._parameters.values():
+            arrive = getattr(p, "_arrive", None)
+            if arrive is not None:
+                arrive()
+
+    def _guard(self, module: nn.Module) -> None:
+        held = weakref.ref(self)
+
+        def before_accumulating(gradients: tuple) -> None:
+            deferral = held()
+            if deferral is not None and deferral._lent:
+                deferral._return_lent()
+
+        def before_compiling(*_: Any) -> None:
+            deferral = held()
+            if deferral is not None:
+                deferral.compiled = True
+                deferral.flush()
+
+        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in module.parameters() if p.requires_grad]
+        self._nodes = nodes  # autograd makes one anew when nobody holds it
+        handles = [node.register_prehook(before_accumulating) for node in nodes]
+        handles.append(register_optimizer_step_pre_hook(lambda o, a, k: _call(held, Deferral._before_step, o, a, k)))
+        compiling = _when_compiling(before_compiling)
+        self._stop = weakref.finalize(self, _remove, handles, compiling)
+        self._stop.atexit = False
+
+    def stop(self) -> None:
+        """Leaves the model and torch as they were."""
+        self.flush()
+        self._stop()
+        for hooks in self._optimizers.values():
+            for hook in hooks:
+                hook.remove()
+
+
+def _call(held: weakref.ref, method: Callable, *args: Any) -> None:
+    deferral = held()
+    if deferral is not None:
+        method(deferral, *args)
+
+
+def _remove(handles: list, compiling: Callable[[], None]) -> None:
+    for handle in handles:
+        handle.remove()
+    compiling()
+
+
+def _when_compiling(callback: Callable[[Any], None]) -> Callable[[], None]:
+    """Has torch.compile call it before it traces. What ends that."""
+    from torch._dynamo.callback import callback_handler  # seconds to import; an optimizer has done so already
+
+    callback_handler.register_start_callback(callback)
+    return lambda: callback_handler.remove_start_callback(callback)
+
+
+def _version(grad: Tensor | None) -> tuple[int, int] | None:
+    return None if grad is None else (id(grad), grad._version)

@@ -1,0 +1,166 @@
+"""The order in which the phases of exchanges are launched: found on rank 0 from what all ranks have measured, the same on all.
+
+What is measured of a step, all times in seconds:
+
+    ready    of an exchange: from the first hand-in of the step until its own
+    backward from the first hand-in until the end of the backward
+    took     of a launch: how long it had the link for itself
+    after    of an exchange: from its last arrival until the mean is there
+    used     of an exchange: what is computed between the end of the backward and the first use of its mean, waiting left out
+    rest     what is computed between the end of the backward and the next step's first hand-in
+
+From these `simulate` tells how long a step takes in any order. The link carries one launch after the other; a launch begins
+when the one before it has ended, its exchange is ready and the phase before it has arrived.
+"""
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from .launcher import Launch, Log
+
+_DUE = (3, 8, 24)  # steps of the same buckets after which they are planned; then after every
+_EVERY = 64
+_BETTER = 0.98  # of the step's time: what a new order must reach to be worth a change
+_TRIES = 400  # simulations
+
+
+@dataclass
+class Profile:
+    ready: dict[int, float]
+    backward: float
+    took: dict[Launch, float]
+    after: dict[int, float]
+    used: dict[int, float]
+    rest: float
+
+    @classmethod
+    def of(cls, log: Log, backward: float, uses: list[tuple[int, float, float]], end: float) -> "Profile":
+        """backward: when it was over. uses: (exchange, when it was asked for, for how long that waited). end: when the next step's
+        first exchange was handed in. All by the clock of the log."""
+        begin, waited, used = min(log.handed_in.values()), 0.0, {}
+        for number, at, wait in uses:
+            used.setdefault(number, max(0.0, at - backward - waited))
+            waited += wait
+        took, free = {}, 0.0
+        for launch, ended in log.ended.items():
+            took[launch] = ended - max(free, log.launched[launch])
+            free = ended
+        last = {number: ended for (number, _), ended in log.ended.items()}
+        return cls({number: at - begin for number, at in log.handed_in.items()}, backward - begin, took,
+                   {number: done - last[number] for number, done in log.done.items() if number in last}, used, end - backward - waited)
+
+    @classmethod
+    def median(cls, profiles: list["Profile"]) -> "Profile":
+        """Of each number, where it was measured."""
+
+        def middle(tables: list[dict]) -> dict:
+            values = defaultdict(list)
+            for table in tables:
+                for key, value in table.items():
+                    values[key].append(value)
+            return {key: statistics.median(some) for key, some in values.items()}
+
+        tables = [middle([getattr(p, name) for p in profiles]) for name in ("ready", "took", "after", "used")]
+        return cls(tables[0], statistics.median(p.backward for p in profiles), *tables[1:], statistics.median(p.rest for p in profiles))
+
+
+def simulate(profile: Profile, order: list[Launch]) -> float:
+    """Seconds from one step's first hand-in to the next one's."""
+    now, there = 0.0, dict(profile.ready)
+    for launch in order:
+        now = max(now, there[launch[0]]) + profile.took[launch]
+        there[launch[0]] = now
+    now = profile.backward
+    computed = 0.0
+    for number, at in sorted(profile.used.items(), key=lambda use: use[1]):
+        now, computed = max(now + at - computed, there[number] + profile.after.get(number, 0.0)), at
+    return max(now + profile.rest - computed, max(there.values()))
+
+
+def search(profile: Profile) -> list[Launch]:
+    """An order that makes the step short: the best of some simple ones, improved by moving single launches."""
+    launches, urgent = list(profile.took), _urgency(profile)
+    orders = [_greedy(profile, key) for key in (
+        lambda launch: urgent[launch[0]],  # what is used first
+        lambda launch: (launch[1] > 0, urgent[launch[0]] if launch[1] else profile.ready[launch[0]]),  # first phases, then what is used first
+        lambda launch: (profile.ready[launch[0]], launch[1]),  # as they come
+    )]
+    best = min(orders, key=lambda order: simulate(profile, order))
+    time, tries = simulate(profile, best), 0
+    improved = True
+    while improved and tries < _TRIES:
+        improved = False
+        for launch in launches:
+            for place in _places(best, launch):
+                tries += 1
+                order = [other for other in best if other != launch]
+                order.insert(place, launch)
+                if (took := simulate(profile, order)) < time - 1e-6:
+                    best, time, improved = order, took, True
+                if tries >= _TRIES:
+                    return best
+    return best
+
+
+def _urgency(profile: Profile) -> dict[int, float]:
+    """When an exchange is used; what was never seen in use comes last."""
+    return {number: profile.used.get(number, profile.rest) for number in profile.ready}
+
+
+def _greedy(profile: Profile, key) -> list[Launch]:
+    """Whenever the link is free, the launch with the least key of those that can begin."""
+    left, there, order, now = set(profile.took), dict(profile.ready), [], 0.0
+    while left:
+        due = [launch for launch in left if (launch[0], launch[1] - 1) not in left]
+        now = max(now, min(there[number] for number, _ in due))
+        launch = min((launch for launch in due if there[launch[0]] <= now), key=lambda launch: (key(launch), launch))
+        now += profile.took[launch]
+        there[launch[0]] = now
+        order.append(launch)
+        left.remove(launch)
+    return order
+
+
+def _places(order: list[Launch], launch: Launch) -> range:
+    """Where it could stand when taken out: behind the phase before it and before the one after it."""
+    others = [other for other in order if other != launch]
+    first = max((i + 1 for i, (number, phase) in enumerate(others) if number == launch[0] and phase < launch[1]), default=0)
+    last = min((i for i, (number, phase) in enumerate(others) if number == launch[0] and phase > launch[1]), default=len(others))
+    return range(first, last + 1)
+
+
+class Planner:
+    """The order of one handle's launches, and when it is planned anew."""
+
+    def __init__(self):
+        self.order: list[Launch] = []
+        self.predicted: float | None = None  # seconds of a step in this order
+        self.reset()
+
+    def reset(self) -> None:
+        """The buckets are others, or what they send is. All ranks call it in the same step."""
+        self.order, self.predicted, self._steps, self._profiles = [], None, 0, []
+
+    def observe(self, profile: Profile, group: dist.ProcessGroup) -> None:
+        """A step is over. In some steps, the same on all ranks, a collective call."""
+        self._steps += 1
+        self._profiles = [*self._profiles[-4:], profile]
+        if self._steps not in _DUE and self._steps % _EVERY:
+            return
+        rank, first = dist.get_rank(group), dist.get_global_rank(group, 0)
+        everyone = [None] * dist.get_world_size(group) if rank == 0 else None
+        dist.gather_object(Profile.median(self._profiles), everyone, first, group)
+        planned = [self._plan(Profile.median(everyone)) if rank == 0 else None]
+        dist.broadcast_object_list(planned, first, group)
+        self.order, self.predicted = planned[0]
+        self._profiles = []
+
+    def _plan(self, profile: Profile) -> tuple[list[Launch], float]:
+        best = search(profile)
+        known = set(self.order) == set(profile.took) and set(profile.ready) == {number for number, _ in self.order}
+        if known and simulate(profile, self.order) * _BETTER <= simulate(profile, best):
+            best = self.order
+        return best, simulate(profile, best)
