@@ -10,7 +10,6 @@ from commopt.compressors import STEADY
 
 POWERSGD = {f"torch:powersgd{rank}": rank for rank in (1, 2, 4, 8, 16)}
 EXTERNAL = ("plain", "torch:fp16", *POWERSGD)
-SCHEDULES = ("plain", "pipelined", "with_optimizer", "priority", "decoupled", "delayed")
 POWERSGD_STARTS = 2  # the first step that it compresses; the least it accepts
 
 
@@ -21,18 +20,11 @@ def check(specs: list[str]) -> None:
             commopt.parse(spec)
 
 
-def check_schedules(schedules: list[str]) -> None:
-    """ValueError for an unknown one."""
-    for schedule in schedules:
-        if schedule not in SCHEDULES:
-            raise ValueError(f"no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
-
-
 def wrap(
-    spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0, schedule: str | None = None
+    spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0, schedule: str = "pipelined"
 ) -> tuple[DistributedDataParallel, commopt.State | None]:
     """The model in DDP with the hook that spec names, and the handle where it is ours. steady: without its warm-up.
-    schedule: of ours, None is the default. bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
+    schedule: of ours. bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
     ddp = DistributedDataParallel(model, bucket_cap_mb=1 << 20 if spec in POWERSGD else bucket_mb)
     handle = None
     if spec in POWERSGD:
@@ -42,8 +34,7 @@ def wrap(
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif spec != "plain":
         compressor = commopt.parse(spec)
-        scheduled = {} if schedule in (None, "pipelined") else {"schedule": schedule}
-        handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed, **scheduled)
+        handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed, schedule=schedule)
     return ddp, handle
 
 

@@ -28,6 +28,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+import commopt
+from commopt.schedulers import parse_schedule
+
 from . import candidates, launch, link, steps, timeline, training, works
 from .steps import cell
 
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt", help=", ".join(works.KINDS))
     parser.add_argument("--spec", default="none,int8",
                         help=f"specs, separated by blanks or by commas before a name; beside ours: {', '.join(candidates.EXTERNAL)}; plain is always run")
-    parser.add_argument("--schedule", default="pipelined", help=f"of {', '.join(candidates.SCHEDULES)}, separated likewise; ours are run under each")
+    parser.add_argument("--schedule", default="pipelined,priority,decoupled", help=f"of {', '.join(commopt.schedules())}, separated likewise; ours are run under each")
     parser.add_argument("--emulate", metavar="RATE", help="over a link shaped to RATE per rank, such as 1gbit; needs root. Default: the loopback")
     parser.add_argument("--world", type=int, default=2, help="number of ranks")
     parser.add_argument("--width", type=int, help="of a layer; channels of resnet's first stage. Defaults: those of the model")
@@ -70,7 +73,8 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
 def list_candidates(specs: list[str], schedules: list[str]) -> list[tuple[str, str | None]]:
     """(spec, schedule) of every row; the schedule is None for what is not ours. ValueError for an unknown one."""
     candidates.check(specs)
-    candidates.check_schedules(schedules)
+    for schedule in schedules:
+        parse_schedule(schedule)
     ours = lambda spec: spec not in candidates.EXTERNAL
     rows = [(spec, schedule) for spec in specs for schedule in (schedules if ours(spec) else [None])]
     return list(dict.fromkeys([(training.NO_SYNC, None), ("plain", None), *rows]))

@@ -63,7 +63,7 @@ class Candidate:
     @property
     def same_as(self) -> str | None:
         """What this candidate's parameters have in common with those of others on two ranks; None: nothing."""
-        if self.spec in EXTERNAL[1:] or self.schedule in OTHER_MATHEMATICS:
+        if self.spec in EXTERNAL[1:] or (self.schedule or "").partition(":")[0] in OTHER_MATHEMATICS:
             return None
         return "none" if self.spec == "plain" else self.spec
 
@@ -97,14 +97,15 @@ class Candidate:
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         if self.handle:
-            getattr(self.handle, "flush", lambda: None)()
+            self.handle.flush()
         dist.barrier()
         return starts, waited
 
 
 def candidate(spec: str, schedule: str | None, work: Work, optimizer: str, bucket_mb: float) -> Candidate:
     torch.manual_seed(0)
-    ddp, handle = wrap("plain" if spec == NO_SYNC else spec, work.model(), steady=True, bucket_mb=bucket_mb, schedule=schedule)
+    ddp, handle = wrap("plain" if spec == NO_SYNC else spec, work.model(), steady=True, bucket_mb=bucket_mb,
+                       schedule=schedule or "pipelined")
     return Candidate(spec, schedule, work, ddp, handle, OPTIMIZERS[optimizer](ddp.parameters()))
 
 
