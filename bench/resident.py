@@ -10,8 +10,8 @@ _PROC = Path("/proc/self")
 
 
 def growth() -> Callable[[], int | None]:
-    """Begins to watch. What it returns tells by how many bytes the resident memory was larger since than now, at its
-    largest; None where this is not Linux. Memory that was freed is given back first, so that nobody lives in it unseen."""
+    """Bytes by which the resident memory has grown from now to its largest since, for whoever calls what this returns; None
+    where this is not Linux. What was freed goes back to the system first: nobody is to live in it uncounted."""
     if sys.platform != "linux":
         return lambda: None
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

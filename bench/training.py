@@ -17,6 +17,7 @@ spec those of the first one, `none` those of plain DDP. `delayed` need not: it c
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,10 +35,10 @@ from .candidates import EXTERNAL, bytes_per_step, wrap
 from .steps import Work, check_same
 
 NO_SYNC = "no_sync"  # the candidate that does not communicate
-WARMUP = 14  # steps: orders are planned from the third and from the tenth
+WARMUP = 14  # steps: orders are planned after 3 and after 8 with the same buckets, which DDP makes anew after the first
 STEPS = 4  # of a turn, measured
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.01, momentum=0.9), "adamw": partial(torch.optim.AdamW, lr=3e-4)}
-OTHER_MATHEMATICS = ("delayed",)
+OTHER_MATHEMATICS = ("delayed",)  # schedules
 
 
 @dataclass
@@ -86,12 +87,12 @@ class Candidate:
             for i, batch in enumerate(batches):
                 with record_function("forward"):
                     loss = self.work.loss(self.ddp, batch)
-                if i == 1:
-                    waited -= self.exposed()  # takes some time itself, which belongs to no measured step, nor does it below
-                starts.append(time.perf_counter())  # of one clock: the ranks are processes of one machine
-                if i == steps - 1:
-                    waited += self.exposed()
                 with record_function("backward"):
+                    if i == 1:
+                        waited -= self.exposed()  # takes a while itself, here and below outside of the measured steps
+                    starts.append(time.perf_counter())  # of one clock: the ranks are processes of one machine
+                    if i == steps - 1:
+                        waited += self.exposed()
                     loss.backward()
                 with record_function("optimizer"):
                     self.optimizer.step()
@@ -109,7 +110,7 @@ def candidate(spec: str, schedule: str | None, work: Work, optimizer: str, bucke
     return Candidate(spec, schedule, work, ddp, handle, OPTIMIZERS[optimizer](ddp.parameters()))
 
 
-def prepare(names: list[tuple[str, str | None]], work: Work, optimizer: str, bucket_mb: float, unshaped) -> list[Candidate]:
+def prepare(names: list[tuple[str, str | None]], work: Work, optimizer: str, bucket_mb: float, unshaped: Callable) -> list[Candidate]:
     """The candidates, warm. unshaped(): a context in which the network is fast; the warm-up is not made there, because
     schedules plan by what it takes."""
     made = []
@@ -140,7 +141,7 @@ def check(candidates: list[Candidate]) -> None:
             raise RuntimeError(f"{c.name}: parameters are not finite after {c.steps} steps, so nothing can be told from their bits")
         if dist.get_world_size() == 2 and c.same_as:
             first = firsts.setdefault(c.same_as, c)
-            if off := int((mine != first.parameters()).sum()):
+            if off := int((mine.view(torch.int32) != first.parameters().view(torch.int32)).sum()):
                 raise RuntimeError(f"{c.name}: after {c.steps} steps {off} of {mine.numel()} parameters differ from those of {first.name}")
 
 
@@ -167,7 +168,8 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def row(c: Candidate) -> dict[str, Any]:
-    """What all ranks together found of a candidate, and when the parts of one more step were at work on this one. Of bytes, waiting and memory, those of the rank that has most."""
+    """What all ranks together found of a candidate, and when the parts of one more step were at work on this one. Of bytes,
+    waiting and memory those of the rank that has most."""
     stats = c.handle.stats() if c.handle else {}
     sent = 0.0 if c.spec == NO_SYNC else bytes_per_step(c.spec, c.ddp, c.handle)
     most = torch.tensor([sent, 1e3 * sum(c.waited) / (len(c.waited) * STEPS), c.grown or 0], dtype=torch.float64)

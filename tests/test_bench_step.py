@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from commopt.__main__ import main
-from commopt.bench import launch, step, timeline, training, works
+from commopt.bench import launch, resident, step, timeline, training, works
 
 HERE = pathlib.Path(__file__).parent
 WHAT = {"model": "gpt", "width": 8, "layers": 1, "batch": 2, "optimizer": "sgd", "parameters": 1000, "buckets": [4000], "world": 2, "threads": 1,
@@ -131,6 +131,14 @@ def test_ranges_of_threads_that_ran_before_are_recorded():
     assert [lane for lane, _, _ in events] == ["backward", "comm"] and period > 0
     (_, begin, end), (_, start, stop) = events
     assert 0.0 == begin < start < stop <= end <= period
+
+
+def test_memory_that_was_held_for_a_while_counts():
+    growth = resident.growth()
+    held = torch.ones(8 << 20)
+    del held
+    kept = torch.ones(2 << 20)
+    assert len(kept) and (growth() is None or 31 << 20 <= growth() < 56 << 20)
 
 
 # --- models ---
