@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
                          + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sizes.items()))
     network = steps.link_of(args.world, args.emulate)
     rate = link.bits_per_second(args.emulate) if args.emulate else None
-    count = len(names) * (training.WARMUP + (args.rounds + 1) * (training.STEPS + 2))
+    count = len(names) * (training.WARMUP + (args.rounds + 1) * training.TURN)
     timeout = args.timeout or steps.time_limit(count, works.parameters(args.model, sizes["width"], sizes["layers"]), rate)
     arguments = {"model": args.model, "candidates": names, "optimizer": args.optimizer, "rounds": args.rounds, "rate": args.emulate, **sizes}
     result = compared(launch.run("commopt.bench.step", arguments, args.world, timeout=timeout, link=network), rate)

@@ -2,14 +2,15 @@
 
 A schedule lets communication go on after the optimizer's step, into the next forward: no step can be timed alone. Every
 candidate has a model of its own, from the same seed, and sees the same batches; all ranks begin its turn together. A turn is
-STEPS + 2 consecutive steps; it ends, behind the last measured moment, with handle.flush().
+7 consecutive steps, of which 4 are measured; it ends, behind the last measured moment, with handle.flush().
 
-    t[i]      the moment at which the last rank begins the backward of step i of a turn; i = 0, ..., STEPS + 1
-    step i    t[i + 1] - t[i], for i = 1, ..., STEPS: a backward, an optimizer step and the next forward, each once, and what
-              of communication they wait for
+    t[i]      the moment at which the last rank begins the backward of step i of a turn; i = 0, ..., 6
+    step i    t[i + 1] - t[i], for i = 2, ..., 5: a backward, an optimizer step and the next forward, each once, and what of
+              communication they wait for
 
-Before t[0] nothing was under way, so the step from t[0] to t[1] is dropped: t[1] follows a full step, as t[STEPS + 1] does,
-and what is still under way at the one moment is at the other. The sum of a turn's steps is t[STEPS + 1] - t[1].
+Before t[0] nothing was under way, so the steps up to t[2] are dropped, two because a schedule may wait one step later: t[2]
+follows a full step, as t[6] does, and what is still under way at the one moment is at the other. The sum of a turn's measured
+steps is t[6] - t[2]. Before its turns each candidate makes 14 steps.
 
 Before the turns and after them all ranks must hold the same parameters, bit for bit, and with two ranks every schedule of a
 spec those of the first one, `none` those of plain DDP. `delayed` need not: it computes something else.
@@ -36,7 +37,8 @@ from .steps import Work, check_same
 
 NO_SYNC = "no_sync"  # the candidate that does not communicate
 WARMUP = 14  # steps: orders are planned after 3 and after 8 with the same buckets, which DDP makes anew after the first
-STEPS = 4  # of a turn, measured
+DROPPED, STEPS = 2, 4  # of a turn, not measured and measured
+TURN = DROPPED + STEPS + 1  # in which the last ends what is measured
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.01, momentum=0.9), "adamw": partial(torch.optim.AdamW, lr=3e-4)}
 OTHER_MATHEMATICS = ("delayed",)  # schedules
 
@@ -77,8 +79,8 @@ class Candidate:
         return 1e-3 * stats["exposed_ms"] * stats["steps"]
 
     def train(self, steps: int) -> tuple[list[float], float]:
-        """Consecutive steps, which all ranks begin together. When each backward began, and what of the time from the second
-        to the last of them computation has waited. Afterwards nothing is under way."""
+        """Consecutive steps, which all ranks begin together. When each backward began, and for how much of the measured
+        time computation has waited. Afterwards nothing is under way."""
         batches = [self.work.batch(dist.get_rank(), self.steps + i) for i in range(steps)]
         self.steps += steps
         starts, waited = [], 0.0
@@ -88,7 +90,7 @@ class Candidate:
                 with record_function("forward"):
                     loss = self.work.loss(self.ddp, batch)
                 with record_function("backward"):
-                    if i == 1:
+                    if i == DROPPED:
                         waited -= self.exposed()  # takes a while itself, here and below outside of the measured steps
                     starts.append(time.perf_counter())  # of one clock: the ranks are processes of one machine
                     if i == steps - 1:
@@ -152,14 +154,14 @@ def measure(candidates: list[Candidate], rounds: int) -> None:
     for turn in range(rounds):
         for c in candidates:
             launch.progress(f"round {turn + 1}/{rounds}: {c.name}")
-            starts, waited = c.train(STEPS + 2)
+            starts, waited = c.train(TURN)
             c.starts.append(starts)
             c.waited.append(waited)
 
 
 def durations(starts: list[list[float]]) -> list[float]:
     """The measured steps of all turns, in ms, from t."""
-    return [1e3 * (after - before) for t in starts for before, after in zip(t[1:], t[2:])]
+    return [1e3 * (after - before) for t in starts for before, after in zip(t[DROPPED:], t[DROPPED + 1 :])]
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -178,7 +180,7 @@ def row(c: Candidate) -> dict[str, Any]:
         dist.all_reduce(mine, dist.ReduceOp.MAX)
     times = durations(last.tolist())
     launch.progress(f"timeline: {c.name}")
-    events, period = timeline.record(lambda: c.train(STEPS + 2))
+    events, period = timeline.record(lambda: c.train(TURN))
     return {
         "spec": c.spec, "schedule": c.schedule, "times_ms": times, **{f"p{p}_ms": percentile(times, p) for p in (50, 75, 90)},
         "sent": float(most[0]), "exposed_ms": float(most[1]) if c.handle else None, "grown": int(most[2]) if c.grown is not None else None,

@@ -26,8 +26,8 @@ def row(spec: str, schedule: str | None = None, p50: float = 100.0, **other) -> 
 # --- numbers ---
 
 
-def test_a_step_is_from_one_last_backward_to_the_next_and_the_first_is_dropped():
-    assert training.durations([[0.0, 9.0, 9.25, 9.75], [20.0, 21.0, 22.0, 24.0]]) == [250.0, 500.0, 1000.0, 2000.0]
+def test_a_step_is_from_one_backward_to_the_next_and_the_first_two_are_dropped():
+    assert training.durations([[0.0, 8.0, 9.0, 9.25, 9.75], [19.0, 20.0, 21.0, 22.0, 24.0]]) == [250.0, 500.0, 1000.0, 2000.0]
 
 
 def test_percentiles_are_linear_between_values():
