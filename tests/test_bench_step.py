@@ -274,3 +274,4 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     launch.finish(verdicts(torch.distributed.get_rank()))
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
