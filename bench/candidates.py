@@ -21,10 +21,10 @@ def check(specs: list[str]) -> None:
 
 
 def wrap(
-    spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0
+    spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0, schedule: str = "pipelined"
 ) -> tuple[DistributedDataParallel, commopt.State | None]:
     """The model in DDP with the hook that spec names, and the handle where it is ours. steady: without its warm-up.
-    bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
+    schedule: of ours. bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
     ddp = DistributedDataParallel(model, bucket_cap_mb=1 << 20 if spec in POWERSGD else bucket_mb)
     handle = None
     if spec in POWERSGD:
@@ -34,7 +34,7 @@ def wrap(
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif spec != "plain":
         compressor = commopt.parse(spec)
-        handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed)
+        handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed, schedule=schedule)
     return ddp, handle
 
 

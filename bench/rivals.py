@@ -15,15 +15,10 @@ that trains as well as plain DDP?
 import argparse
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import accuracy, candidates, launch, steps, text
-from .models import ByteGPT, next_byte_loss
+from . import accuracy, candidates, launch, steps, works
 from .steps import cell
 
 __doc__ += steps.__doc__
@@ -50,7 +45,7 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
     trained = read(args.losses, specs) if args.losses else train(args, specs)
     arguments = {"specs": specs, "width": args.width, "layers": args.layers, "batch": args.batch, "bucket_mb": args.bucket_mb, "rounds": args.rounds,
                  "rate": args.emulate, "world": args.world, "timeout": args.timeout}
-    result = steps.compare("commopt.bench.rivals", arguments, parameters(args.width, args.layers), link)
+    result = steps.compare("commopt.bench.rivals", arguments, works.parameters("gpt", args.width, args.layers), link)
     result = judged(result, trained, args.band)
     return result, table(result)
 
@@ -111,23 +106,9 @@ def verdict(result: dict) -> str:
     return f"within {best['band']:g} nats of plain DDP: of ours {said[0]}, of theirs {said[1]}{ratio}"
 
 
-def parameters(width: int, layers: int) -> int:
-    return sum(p.numel() for p in ByteGPT(width, layers).parameters())
-
-
-def work(width: int, layers: int, size: int) -> steps.Work:
-    model, (training, _) = partial(ByteGPT, width, layers), text.standard_library()
-    context = model().context
-
-    def batch(rank: int, number: int) -> Tensor:
-        return text.batch(training, size, context, torch.Generator().manual_seed(1000 * number + rank))
-
-    return steps.Work(model, next_byte_loss, batch)
-
-
 def worker() -> None:
     arguments = launch.worker_arguments()
-    steps.serve(work(arguments["width"], arguments["layers"], arguments["batch"]), arguments)
+    steps.serve(works.work("gpt", arguments["width"], arguments["layers"], arguments["batch"]), arguments)
 
 
 if __name__ == "__main__":

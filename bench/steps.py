@@ -55,14 +55,18 @@ def compare(module: str, arguments: dict[str, Any], parameters: int, network: li
     the network. arguments["timeout"]: seconds, None is some times what plain DDP would take for as many parameters."""
     specs, rounds = arguments["specs"], arguments["rounds"]
     rate = link.bits_per_second(network.rate) if network else None
-    longest = 2.0 + (2 * 32 * parameters / rate if rate else 0.0)  # of one step, in seconds
-    timeout = arguments["timeout"] or 120 + longest * len(specs) * (rounds + 2)
+    timeout = arguments["timeout"] or time_limit(len(specs) * (rounds + 2), parameters, rate)
     result = launch.run(module, arguments, arguments["world"], timeout=timeout, link=network)
     plain = result["rows"][0]["added_ms"]
     for row in result["rows"]:
         row["of_plain"] = row["added_ms"] / plain if plain > 0 else None
         row["floor_ms"] = 8e3 * row["sent"] / rate if rate else None
     return result
+
+
+def time_limit(steps: int, parameters: int, rate: float | None) -> float:
+    """Seconds for as many steps on a link of `rate` bits per second, if each took as long as with plain DDP."""
+    return 120 + steps * (2.0 + (2 * 32 * parameters / rate if rate else 0.0))
 
 
 def serve(work: Work, arguments: dict[str, Any]) -> None:
@@ -75,12 +79,16 @@ def serve(work: Work, arguments: dict[str, Any]) -> None:
     dist.barrier()
     measure(candidates, arguments["rounds"], (lambda: link.counters()[0]) if rate else (lambda: 0))
     rows = [row(c, bool(rate)) for c in candidates]
-    what = {"parameters": sum(p.numel() for p in candidates[0].ddp.parameters()), "buckets": buckets(candidates[0]),
-            "world": dist.get_world_size(), "threads": torch.get_num_threads(), "rounds": arguments["rounds"], "link": rate or "loopback",
-            "kernels": kernels_in_use(), "torch": torch.__version__, "commopt": commopt.__version__}
-    launch.finish({"what": what, "rows": rows})
+    launch.finish({"what": what_was_measured(candidates[0].ddp, arguments["rounds"], rate), "rows": rows})
     dist.barrier()
     dist.destroy_process_group()
+
+
+def what_was_measured(ddp: DistributedDataParallel, rounds: int, rate: str | None) -> dict[str, Any]:
+    """And with what."""
+    return {"parameters": sum(p.numel() for p in ddp.parameters()), "buckets": buckets(ddp), "world": dist.get_world_size(),
+            "threads": torch.get_num_threads(), "rounds": rounds, "link": rate or "loopback", "kernels": kernels_in_use(),
+            "torch": torch.__version__, "commopt": commopt.__version__}
 
 
 def circumstances(what: dict[str, Any]) -> str:
@@ -150,12 +158,12 @@ def exact_mean(c: Candidate) -> Tensor:
     return total / dist.get_world_size()
 
 
-def check_same(spec: str, mean: Tensor) -> None:
-    """RuntimeError unless all ranks hold the same bits of the averaged gradient."""
+def check_same(spec: str, values: Tensor, what: str = "gradients") -> None:
+    """RuntimeError unless all ranks hold the same bits."""
     digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, zlib.crc32(mean.numpy()))
+    dist.all_gather_object(digests, zlib.crc32(values.numpy()))
     if len(set(digests)) > 1:
-        raise RuntimeError(f"{spec}: the ranks hold different gradients")
+        raise RuntimeError(f"{spec}: the ranks hold different {what}")
 
 
 def verify(c: Candidate, exact: Tensor, plain: Tensor) -> None:
@@ -251,7 +259,7 @@ def kernels_in_use() -> str:
     return " and ".join(names)
 
 
-def buckets(c: Candidate) -> list[int]:
+def buckets(ddp: DistributedDataParallel) -> list[int]:
     """Sizes of the buckets as DDP rebuilt them, in bytes."""
-    sizes = c.ddp._get_ddp_logging_data().get("rebuilt_bucket_sizes") or ""
+    sizes = ddp._get_ddp_logging_data().get("rebuilt_bucket_sizes") or ""
     return [int(size) for size in sizes.split(",") if size.strip()]

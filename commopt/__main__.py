@@ -18,6 +18,7 @@ BENCHES = {
     "kernels": "speed of the kernels, against the memory, torch and torch.compile",
     "collectives": "what an exchange costs by each collective, predicted and measured",
     "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
+    "step": "what a training step takes under each schedule, and when its parts are at work",
     "accuracy": "loss of a byte-level GPT on real text, against bytes and seconds",
     "rivals": "ours against PyTorch's own hooks: communication of the best that keep the loss",
 }
