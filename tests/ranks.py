@@ -246,3 +246,17 @@ def raised(function, *args) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+def slow(seconds: float = 0.003) -> None:
+    """From now on whatever this process waits for on the network comes that much later: no exchange is over by the end of
+    the backward that began it."""
+    from commopt.collectives.run import Clock
+
+    wait = Clock.wait
+
+    def wait_longer(self, pending):
+        time.sleep(seconds)
+        return wait(self, pending)
+
+    Clock.wait = wait_longer
