@@ -8,6 +8,7 @@ C++ that gets hold of a tensor without Python does not notice: autograd when it 
 CUDA graphs. Who makes a tensor awaited guards those.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -38,6 +39,16 @@ def _arrive_first(cls: type, func: Callable, types: Iterable[type], args: tuple 
 
 class AwaitedParameter(nn.Parameter):
     __torch_function__ = classmethod(_arrive_first)
+
+    # A parameter's copy and its pickle are made for its class before anything asks for its values.
+
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        self._arrive()
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        self._arrive()
+        return self.__reduce_ex__(protocol)
 
 
 class AwaitedGradient(Tensor):

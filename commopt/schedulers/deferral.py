@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .awaited import AwaitedGradient, arrived, await_, can_wait
-from .optimizer_step import is_per_parameter, settings, step
+from .optimizer_step import Later, is_per_parameter
 
 
 class Arrival:
@@ -29,14 +29,12 @@ class Arrival:
 
     def __init__(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future):
         self.number, self.parameters, self.gradients, self.future = number, parameters, gradients, future
-        self.steps: dict[Optimizer, dict[int, dict[str, Any]]] = {}  # optimizer -> number of its group -> settings and params
+        self.steps: dict[Optimizer, Later] = {}
         self.over = False
 
     def take(self, optimizer: Optimizer, number: int, group: dict[str, Any], p: Tensor) -> None:
-        groups = self.steps.setdefault(optimizer, {})
-        if number not in groups:
-            groups[number] = settings(group) | {"params": []}
-        groups[number]["params"].append(p)
+        """The parameter's step, in that group of the optimizer, is to be taken with this."""
+        self.steps.setdefault(optimizer, Later(optimizer, p.device.type)).add(number, group, p)
 
 
 class Deferral:
@@ -121,8 +119,8 @@ class Deferral:
             self._stepping = True
             try:
                 gradients = dict(zip(arrival.parameters, arrival.gradients))
-                for optimizer, groups in arrival.steps.items():
-                    step(optimizer, list(groups.values()), gradients)
+                for later in arrival.steps.values():
+                    later.take(gradients)
             finally:
                 self._stepping = False
 
