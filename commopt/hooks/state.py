@@ -62,7 +62,8 @@ class State:
         self.start_step, self.seed = start_step, seed
         self.step = -1
         module = getattr(model, "module", model)
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        ignored = getattr(model, "parameters_to_ignore", ())  # by DDP
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and n not in ignored]
         self._parameters = {id(p): Parameter(n, p.shape, p.numel()) for n, p in named}
         self._keep_alive = [p for _, p in named]  # an id is a key only while its owner lives
         runner = Launcher if not wrong and self.schedule.planned else Runner
@@ -140,7 +141,7 @@ class State:
                     self._traffic.close()
                 if self._deferring and backward != -1 and not x.is_sparse and all(map(can_wait, parameters)):
                     number = self._traffic.travels_as[prepared.plan.number]
-                    self._deferral.expect(number, list(parameters), self._views(x, parameters), future)
+                    self._deferral.expect(number, list(parameters), self._views(x, parameters), future, self)
                     return _completed(x)
                 if self.schedule.waits == "hook":
                     with self._waiting(prepared.plan.number):
@@ -174,7 +175,8 @@ class State:
         began = time.perf_counter()
         with self._exposed.waiting(self._device):
             yield
-        self._uses.append((number, began, time.perf_counter() - began))
+        if self._planner:
+            self._uses.append((number, began, time.perf_counter() - began))
 
     def _send(self, x: Tensor, prepared: Prepared, joined: bool) -> Future:
         plan = prepared.plan
@@ -249,9 +251,9 @@ class State:
     def _end_step(self, backward_done) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
         on all ranks, with the reducer in good order."""
-        if self._deferring:
+        if self._deferral is not None and len(self._exchanged) == len(self._parameters):  # else DDP is still to write gradients
             self._deferral.backward_is_over()
-        else:
+        if not self._deferring:
             self._exposed.end(self._device, backward_done)
         self._see_finite()
         self._traffic.alarm.raise_if_any(self.step)

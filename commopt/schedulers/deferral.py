@@ -25,10 +25,10 @@ from .optimizer_step import Later, is_per_parameter
 
 class Arrival:
     """One exchange that is under way: the parameters, their averaged gradients when `future` is done, and the steps that
-    optimizers will take with them."""
+    optimizers will take with them. owner: what must live until then, though nobody holds more than the model any more."""
 
-    def __init__(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future):
-        self.number, self.parameters, self.gradients, self.future = number, parameters, gradients, future
+    def __init__(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future, owner: Any):
+        self.number, self.parameters, self.gradients, self.future, self.owner = number, parameters, gradients, future, owner
         self.steps: dict[Optimizer, Later] = {}
         self.over = False
 
@@ -65,10 +65,10 @@ class Deferral:
 
     # --- a backward ---
 
-    def expect(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future) -> None:
+    def expect(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future, owner: Any) -> None:
         """An exchange has begun, whose gradients will be awaited when this backward is over."""
         before = [_version(p.grad) for p in parameters] if self._unused else [None] * len(parameters)
-        self._coming.append((Arrival(number, parameters, gradients, future), before))
+        self._coming.append((Arrival(number, parameters, gradients, future, owner), before))
 
     def forget(self) -> None:
         """The backward that was under way has failed."""
@@ -88,6 +88,8 @@ class Deferral:
                 self._pending.append(arrival)
                 self._lent += zip(arrival.parameters, arrival.gradients)
             self._coming, self._looked_early = [], False
+            if self.compiled:  # since the backward began
+                self.flush()
 
     def flush(self) -> None:
         """Returns when all gradients and parameters are there."""
@@ -109,13 +111,13 @@ class Deferral:
                 return
             with self._waiting(arrival.number):
                 arrival.future.wait()
-            arrival.over = True
-            self._pending.remove(arrival)
-            for tensor in (*arrival.parameters, *arrival.gradients):
-                arrived(tensor)
-            if not self._pending:
-                self._watch_modules(False)
-            self._ended()
+            self._is_over(arrival)
+            try:
+                self._ended()
+            except Exception:  # the others would raise the same, one by one
+                for other in list(self._pending):
+                    self._is_over(other)
+                raise
             self._stepping = True
             try:
                 gradients = dict(zip(arrival.parameters, arrival.gradients))
@@ -123,6 +125,14 @@ class Deferral:
                     later.take(gradients)
             finally:
                 self._stepping = False
+
+    def _is_over(self, arrival: Arrival) -> None:
+        arrival.over = True
+        self._pending.remove(arrival)
+        for tensor in (*arrival.parameters, *arrival.gradients):
+            arrived(tensor)
+        if not self._pending:
+            self._watch_modules(False)
 
     # --- a step of an optimizer ---
 
