@@ -197,7 +197,7 @@ class State:
         self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
         plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
-        if self.schedule.halves and plan.collective == "sum" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and plan.n:
+        if self.schedule.halves and plan.collective == "sum" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and plan.n and not x.is_sparse:
             plan.collective = "halves"
         agree(self._traffic.control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
         self._residuals.serve(plan)
