@@ -5,7 +5,8 @@ every function of torch that meets it, in a list too, first has it arrive. What 
 wait. Nothing in the model or the training loop is wrapped, and whatever looks early, at any place, gets the right values.
 
 C++ that gets hold of a tensor without Python does not notice: autograd when it accumulates, TorchScript, compiled code,
-CUDA graphs. Who makes a tensor awaited guards those.
+CUDA graphs. Who makes a tensor awaited guards those; not arguments of torch.func.grad and vmap, nor an extension that is
+given another module's parameter.
 """
 
 import copy
