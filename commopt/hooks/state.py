@@ -113,9 +113,14 @@ class State:
         if unused and getattr(model, "gradient_as_bucket_view", False):
             log.warning("commopt: with unused parameters and gradient_as_bucket_view, DDP itself waits for all gradients when backward is over")
             return None
-        held = weakref.ref(self)  # the model's parameters know of it while they are awaited
-        return Deferral(getattr(model, "module", model), self.schedule.waits, unused,
-                        lambda: held()._traffic.alarm.raise_if_any(held().step), lambda number: held()._waiting(number))
+        held, alarm, module = weakref.ref(self), self._traffic.alarm, getattr(model, "module", model)  # awaited parameters may outlive the handle
+
+        def ended() -> None:
+            alarm.raise_if_any(held().step if held() else 2**31)
+
+        deferral = Deferral(module, self.schedule.waits, unused, ended, lambda number: held()._waiting(number) if held() else contextlib.nullcontext())
+        self._accumulators = deferral.guard(module)
+        return deferral
 
     # --- one bucket ---
 
@@ -141,7 +146,7 @@ class State:
                     self._traffic.close()
                 if self._deferring and backward != -1 and not x.is_sparse and all(map(can_wait, parameters)):
                     number = self._traffic.travels_as[prepared.plan.number]
-                    self._deferral.expect(number, list(parameters), self._views(x, parameters), future, self)
+                    self._deferral.expect(number, list(parameters), self._views(x, parameters), future)
                     return _completed(x)
                 if self.schedule.waits == "hook":
                     with self._waiting(prepared.plan.number):
