@@ -134,7 +134,7 @@ class Launcher:
             while (job := self.round.next()) is not None:
                 self._work.launch(job)
                 while job.under_way:
-                    self._work.land(job, *self._work.under_way.get())
+                    self._work.land(*self._work.under_way.get())
 
     def stop(self) -> None:
         self._work.stop(seconds=1.0)
