@@ -151,6 +151,11 @@ def linear() -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH)
 
 
+def product() -> nn.Linear:
+    """The same operation as an optimizer of matrices needs."""
+    return nn.Linear(WIDTH, WIDTH, bias=False)
+
+
 def mlp() -> nn.Sequential:
     return nn.Sequential(linear(), nn.Tanh(), linear(), nn.Tanh(), linear())
 
@@ -214,7 +219,7 @@ CASES = {
     "reentrant checkpoints": Case(lambda: Net(Checkpointed(linear(), mlp(), linear(), use_reentrant=True))),
     "checkpoints": Case(lambda: Net(Checkpointed(linear(), mlp(), linear(), use_reentrant=False))),
     "selective checkpoints": Case(
-        lambda: Net(Checkpointed(mlp(), linear(), use_reentrant=False, context_fn=selective)), optimizer=lambda p: torch.optim.Adafactor(p, lr=1e-2)),
+        lambda: Net(Checkpointed(product(), product(), product(), use_reentrant=False, context_fn=selective)), optimizer=lambda p: torch.optim.Adafactor(p, lr=1e-2)),
     "sparse": Case(lambda: Net(linear(), linear(), sparse=True), optimizer=lambda p: torch.optim.SGD(p, lr=0.1)),
     "bfloat16": Case(lambda: Net(mlp()).bfloat16()),
     "half of it bfloat16": Case(lambda: Net(Cast(mlp().bfloat16()), linear())),

@@ -163,7 +163,7 @@ class _Work:
         while True:
             with self.changed:
                 while (job := self.round.next()) is None:
-                    if self.stopped and self.round.over:
+                    if self.stopped:
                         return self.under_way.put(None)
                     self.changed.wait()
                 self.changed.wait_for(lambda: self._flying < CREDIT and not job.under_way)
