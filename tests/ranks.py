@@ -246,3 +246,18 @@ def raised(function, *args) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+def slow(seconds: float = 0.002) -> None:
+    """From now on whatever this process waits for on the network comes that much later, and nothing travels together: no
+    exchange is over by the end of the backward that began it."""
+    from commopt.collectives.run import Clock
+    from commopt.hooks import traffic
+
+    traffic.WORTH, wait = 0, Clock.wait
+
+    def wait_longer(self, pending):
+        time.sleep(seconds)
+        return wait(self, pending)
+
+    Clock.wait = wait_longer

@@ -23,10 +23,10 @@ _HANG_UP = 2**31 - 1  # a tag that no exchange uses
 def hang_up(group: dist.ProcessGroup) -> None:
     """Closes this rank's connections in a gloo group: whatever is under way with it, or begins later, fails on both sides
     at once instead of at the timeout. gloo closes a connection when a receive times out."""
-    for r in dist.get_process_group_ranks(group):
+    for r in range(group.size()):
         try:
-            if r != dist.get_rank():
-                dist.irecv(torch.empty(1, dtype=torch.uint8), r, group, _HANG_UP).wait(timedelta(milliseconds=1))
+            if r != group.rank():
+                group.recv([torch.empty(1, dtype=torch.uint8)], r, _HANG_UP).wait(timedelta(milliseconds=1))
         except RuntimeError:
             pass
 
@@ -34,6 +34,9 @@ def hang_up(group: dist.ProcessGroup) -> None:
 class Link:
     """Rows by point-to-point messages, for gloo. Receives are posted before sends: gloo's own all-to-all posts sends
     first and is half duplex about half of the time, and its reduce-scatter moves the bytes of a whole all-reduce.
+
+    It calls the group itself: torch.distributed knows none any more after destroy_process_group, when an exchange may still
+    be under way that other ranks wait for.
 
     on_failure(error): told of a failure before the row that shows it is sent. heard(): what another rank has told so.
     members: the ranks in the group that take part, this one among them; by default all.
@@ -46,7 +49,7 @@ class Link:
         self.group, self._on_failure, self.heard = group, on_failure, heard
         members = members or tuple(range(dist.get_world_size(group)))
         self.rank, self.world = members.index(dist.get_rank(group)), len(members)
-        self._peers = [dist.get_global_rank(group, r) for r in members]
+        self._members, self._peers = members, [dist.get_global_rank(group, r) for r in members]  # by rank in the group, in the job
         self._parts: dict[tuple[int, ...], Link] = {}
         self._late: dist.ProcessGroup | None = None
 
@@ -70,7 +73,7 @@ class Link:
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, late: bool = False) -> Pending:
         """late: not in an exchange's first phase. gloo tells all-reduces apart by their order only, which is the same on all
         ranks within first phases, and within second ones, but not among both: these have a group of their own."""
-        return Pending([dist.all_reduce(x, op, self._late if late else self.group, async_op=True)])
+        return Pending([(self._late if late else self.group).allreduce([x], op)])
 
     def others(self) -> list[int]:
         """The other ranks, each beginning with its neighbour so that not all send to the same one first."""
@@ -90,10 +93,10 @@ class Link:
 
     def _send(self, row: Tensor, r: int, tag: int, works: list) -> None:
         if row.numel():
-            works.append(dist.isend(row, self._peers[r], self.group, tag))
+            works.append(self.group.send([row], self._members[r], tag))
 
     def _receive(self, rows: Tensor, sizes: list[int], tag: int, works: list) -> None:
-        works += [dist.irecv(rows[r, : sizes[r]], self._peers[r], self.group, tag) for r in self.others() if sizes[r]]
+        works += [self.group.recv([rows[r, : sizes[r]]], self._members[r], tag) for r in self.others() if sizes[r]]
 
     def _pending(self, works: list, failed: Exception | None, rows: Tensor, sizes: list[int]) -> Pending:
         return Pending(works, failed, [rows[r, : sizes[r]] for r in self.others()], self.heard)

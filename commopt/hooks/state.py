@@ -62,7 +62,8 @@ class State:
         self.start_step, self.seed = start_step, seed
         self.step = -1
         module = getattr(model, "module", model)
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        ignored = getattr(model, "parameters_to_ignore", ())  # by DDP
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and n not in ignored]
         self._parameters = {id(p): Parameter(n, p.shape, p.numel()) for n, p in named}
         self._keep_alive = [p for _, p in named]  # an id is a key only while its owner lives
         runner = Launcher if not wrong and self.schedule.planned else Runner
@@ -112,9 +113,10 @@ class State:
         if unused and getattr(model, "gradient_as_bucket_view", False):
             log.warning("commopt: with unused parameters and gradient_as_bucket_view, DDP itself waits for all gradients when backward is over")
             return None
-        held = weakref.ref(self)  # the model's parameters know of it while they are awaited
-        return Deferral(getattr(model, "module", model), self.schedule.waits, unused,
-                        lambda: held()._traffic.alarm.raise_known(), lambda number: held()._waiting(number))
+        held, alarm, module = weakref.ref(self), self._traffic.alarm, getattr(model, "module", model)  # awaited parameters may outlive the handle
+        deferral = Deferral(module, self.schedule.waits, unused, alarm.raise_known, lambda number: held()._waiting(number) if held() else contextlib.nullcontext())
+        self._accumulators = deferral.guard(module)
+        return deferral
 
     # --- one bucket ---
 
@@ -174,7 +176,8 @@ class State:
         began = time.perf_counter()
         with self._exposed.waiting(self._device):
             yield
-        self._uses.append((number, began, time.perf_counter() - began))
+        if self._planner:
+            self._uses.append((number, began, time.perf_counter() - began))
 
     def _send(self, x: Tensor, prepared: Prepared, joined: bool) -> Future:
         plan = prepared.plan
@@ -195,7 +198,7 @@ class State:
         self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
         plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
-        if self.schedule.halves and plan.collective == "sum" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and plan.n:
+        if self.schedule.halves and plan.collective == "sum" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and plan.n and not x.is_sparse:
             plan.collective = "halves"
         agree(self._traffic.control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
         self._residuals.serve(plan)
@@ -251,9 +254,9 @@ class State:
     def _end_step(self, backward_done) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
         on all ranks, with the reducer in good order."""
-        if self._deferring:
+        if self._deferral is not None and len(self._exchanged) == len(self._parameters):  # else DDP is still to write gradients
             self._deferral.backward_is_over()
-        else:
+        if not self._deferring:
             self._exposed.end(self._device, backward_done)
         self._see_finite()
         if self._deferring:

@@ -5,9 +5,11 @@ every function of torch that meets it, in a list too, first has it arrive. What 
 wait. Nothing in the model or the training loop is wrapped, and whatever looks early, at any place, gets the right values.
 
 C++ that gets hold of a tensor without Python does not notice: autograd when it accumulates, TorchScript, compiled code,
-CUDA graphs. Who makes a tensor awaited guards those.
+CUDA graphs. Who makes a tensor awaited guards those; not arguments of torch.func.grad and vmap, nor an extension that is
+given another module's parameter.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -38,6 +40,16 @@ def _arrive_first(cls: type, func: Callable, types: Iterable[type], args: tuple 
 
 class AwaitedParameter(nn.Parameter):
     __torch_function__ = classmethod(_arrive_first)
+
+    # A parameter's copy and its pickle are made for its class before anything asks for its values.
+
+    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+        self._arrive()
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        self._arrive()
+        return self.__reduce_ex__(protocol)
 
 
 class AwaitedGradient(Tensor):

@@ -7,6 +7,8 @@ each of the other buckets once it has come, with the settings that it had when i
 parameters are awaited, in the next forward or wherever they are used.
 """
 
+import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .awaited import AwaitedGradient, arrived, await_, can_wait
-from .optimizer_step import is_per_parameter, settings, step
+from .optimizer_step import Later, is_per_parameter
 
 
 class Arrival:
@@ -29,18 +31,16 @@ class Arrival:
 
     def __init__(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future):
         self.number, self.parameters, self.gradients, self.future = number, parameters, gradients, future
-        self.steps: dict[Optimizer, dict[int, dict[str, Any]]] = {}  # optimizer -> number of its group -> settings and params
+        self.steps: dict[Optimizer, Later] = {}
         self.over = False
 
     def take(self, optimizer: Optimizer, number: int, group: dict[str, Any], p: Tensor) -> None:
-        groups = self.steps.setdefault(optimizer, {})
-        if number not in groups:
-            groups[number] = settings(group) | {"params": []}
-        groups[number]["params"].append(p)
+        """The parameter's step, in that group of the optimizer, is to be taken with this."""
+        self.steps.setdefault(optimizer, Later(optimizer, p.device.type)).add(number, group, p)
 
 
 class Deferral:
-    """The awaited gradients and parameters of one model.
+    """The awaited gradients and parameters of one model, which hold it for as long as they are.
 
     until: "step", where every bucket's optimizer step is taken within optimizer.step(), or "use", where it may wait for the
     next forward. unused: whether parameters may get no gradient on any rank; DDP leaves their grad as it was, and so does this.
@@ -63,7 +63,6 @@ class Deferral:
         self._optimizers: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()  # with our hooks
         self._modules = weakref.WeakSet(module.modules())
         self._module_hook: Any = None
-        self._guard(module)
 
     # --- a backward ---
 
@@ -86,10 +85,13 @@ class Deferral:
                 for p, g in zip(arrival.parameters, arrival.gradients):
                     arrived(g)
                     p.grad = g
-                    await_(g, lambda arrival=arrival: self._look(arrival))
+                    await_(g, functools.partial(_look, weakref.ref(self), weakref.ref(arrival), arrival.future, weakref.ref(g)))
                 self._pending.append(arrival)
                 self._lent += zip(arrival.parameters, arrival.gradients)
             self._coming, self._looked_early = [], False
+            _watch_compiling()
+            if self.compiled:  # since the backward began
+                self.flush()
 
     def flush(self) -> None:
         """Returns when all gradients and parameters are there."""
@@ -111,20 +113,28 @@ class Deferral:
                 return
             with self._waiting(arrival.number):
                 arrival.future.wait()
-            arrival.over = True
-            self._pending.remove(arrival)
-            for tensor in (*arrival.parameters, *arrival.gradients):
-                arrived(tensor)
-            if not self._pending:
-                self._watch_modules(False)
-            self._ended()
+            self._is_over(arrival)
+            try:
+                self._ended()
+            except Exception:  # the others would raise the same, one by one
+                for other in list(self._pending):
+                    self._is_over(other)
+                raise
             self._stepping = True
             try:
                 gradients = dict(zip(arrival.parameters, arrival.gradients))
-                for optimizer, groups in arrival.steps.items():
-                    step(optimizer, list(groups.values()), gradients)
+                for later in arrival.steps.values():
+                    later.take(gradients)
             finally:
                 self._stepping = False
+
+    def _is_over(self, arrival: Arrival) -> None:
+        arrival.over = True
+        self._pending.remove(arrival)
+        for tensor in (*arrival.parameters, *arrival.gradients):
+            arrived(tensor)
+        if not self._pending:
+            self._watch_modules(False)
 
     # --- a step of an optimizer ---
 
@@ -204,9 +214,17 @@ class Deferral:
             self._module_hook.remove()
             self._module_hook = None
         elif on and self._module_hook is None:
-            self._module_hook = nn.modules.module.register_module_forward_pre_hook(self._before_forward)
+            held = weakref.ref(self)
 
-    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+            def before_forward(module: nn.Module, args: tuple) -> None:
+                if held() is None:
+                    hook.remove()
+                else:
+                    held()._before_forward(module)
+
+            hook = self._module_hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
+
+    def _before_forward(self, module: nn.Module) -> None:
         if module not in self._modules:
             return
         if not torch.is_grad_enabled() or isinstance(module, torch.jit.ScriptModule):
@@ -216,7 +234,9 @@ class Deferral:
             if arrive is not None:
                 arrive()
 
-    def _guard(self, module: nn.Module) -> None:
+    def guard(self, module: nn.Module) -> list:
+        """Begins to watch the module's parameters. What it returns is to be kept: autograd makes one anew when nobody holds it.
+        Not in here: it holds the parameters in C++, and a parameter that is awaited and held from here would never go."""
         held = weakref.ref(self)
 
         def before_accumulating(gradients: tuple) -> None:
@@ -224,47 +244,65 @@ class Deferral:
             if deferral is not None and deferral._lent:
                 deferral._return_lent()
 
-        def before_compiling(*_: Any) -> None:
-            deferral = held()
-            if deferral is not None:
-                deferral.compiled = True
-                deferral.flush()
-
         nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in module.parameters() if p.requires_grad]
-        self._nodes = nodes  # autograd makes one anew when nobody holds it
-        handles = [node.register_prehook(before_accumulating) for node in nodes]
-        handles.append(register_optimizer_step_pre_hook(lambda o, a, k: _call(held, Deferral._before_step, o, a, k)))
-        compiling = _when_compiling(before_compiling)
-        self._stop = weakref.finalize(self, _remove, handles, compiling)
-        self._stop.atexit = False
+        self._guards = [node.register_prehook(before_accumulating) for node in nodes]
+        _deferrals.add(self)
+        _watch_steps()
+        _watch_compiling()
+        return nodes
 
     def stop(self) -> None:
-        """Leaves the model and torch as they were."""
+        """Leaves the model as it was."""
         self.flush()
-        self._stop()
-        for hooks in self._optimizers.values():
-            for hook in hooks:
-                hook.remove()
+        _deferrals.discard(self)
+        for hook in itertools.chain(self._guards, *self._optimizers.values()):
+            hook.remove()
+
+    def _before_compiling(self) -> None:
+        self.compiled = True
+        self.flush()
+
+
+# One hook for all, which stays: torch may be going through its hooks when a deferral is collected as garbage.
+_deferrals: weakref.WeakSet[Deferral] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_before_any_step)
+
+
+def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for deferral in list(_deferrals):
+        deferral._before_step(optimizer, args, kwargs)
+
+
+def _watch_compiling() -> None:
+    """Has torch.compile tell before it traces. torch._dynamo.reset() has that forgotten."""
+    from torch._dynamo.callback import callback_handler  # seconds to import; an optimizer has done so already
+
+    if _before_any_compiling not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_before_any_compiling)
+
+
+def _before_any_compiling(*_: Any) -> None:
+    for deferral in list(_deferrals):
+        deferral._before_compiling()
+
+
+def _look(held: weakref.ref, arrival: weakref.ref, future: Future, gradient: weakref.ref) -> None:
+    """Somebody looks at a gradient. A parameter holds its grad in C++: if that held the parameter, both would never go."""
+    if held() is not None and arrival() is not None:
+        held()._look(arrival())
+    else:  # the handle has gone, and no step waits
+        future.wait()
+        arrived(gradient())
 
 
 def _call(held: weakref.ref, method: Callable, *args: Any) -> None:
     deferral = held()
     if deferral is not None:
         method(deferral, *args)
-
-
-def _remove(handles: list, compiling: Callable[[], None]) -> None:
-    for handle in handles:
-        handle.remove()
-    compiling()
-
-
-def _when_compiling(callback: Callable[[Any], None]) -> Callable[[], None]:
-    """Has torch.compile call it before it traces. What ends that."""
-    from torch._dynamo.callback import callback_handler  # seconds to import; an optimizer has done so already
-
-    callback_handler.register_start_callback(callback)
-    return lambda: callback_handler.remove_start_callback(callback)
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:

@@ -92,7 +92,7 @@ class Launcher:
     def __init__(self, device: torch.device):
         self.stream, self.clock = Stream(device), Clock()
         self._work = _Work(self.clock)
-        atexit.register(_stop, weakref.ref(self))
+        atexit.register(_stop, weakref.ref(self._work))  # which lives until its threads have ended
 
     @property
     def round(self) -> Round:
@@ -134,10 +134,10 @@ class Launcher:
             while (job := self.round.next()) is not None:
                 self._work.launch(job)
                 while job.under_way:
-                    self._work.land(job, *self._work.under_way.get())
+                    self._work.land(*self._work.under_way.get())
 
     def stop(self) -> None:
-        self._work.stop()
+        self._work.stop(seconds=1.0)
 
 
 class _Work:
@@ -161,13 +161,12 @@ class _Work:
 
     def _launch_all(self) -> None:
         while True:
-            job = None
             with self.changed:
-                while not self.stopped and (job := self.round.next()) is None:
+                while (job := self.round.next()) is None:
+                    if self.stopped:
+                        return self.under_way.put(None)
                     self.changed.wait()
-                self.changed.wait_for(lambda: self.stopped or (self._flying < CREDIT and not job.under_way))
-                if self.stopped:
-                    return
+                self.changed.wait_for(lambda: self._flying < CREDIT and not job.under_way)
             self.launch(job)
             del job  # nothing of a finished exchange lives until the next
 
@@ -214,22 +213,25 @@ class _Work:
     def _end(self, job: Job, failure: Exception | None) -> None:
         job.exchange.done(failure)
         self.round.log.done[job.exchange.number] = time.perf_counter()
+        job.exchange = job.exchange._replace(phases=None, done=None)  # by which these threads would hold the handle
         with self.changed:
             job.over, job.under_way = True, False
             self.changed.notify_all()
 
-    def stop(self) -> None:
-        """Ends the threads; one that waits for a peer that will never answer is left to the end of the process."""
+    def stop(self, seconds: float) -> None:
+        """Ends the threads when what was handed in is over, which other ranks may wait for. Returns then, or after so many
+        seconds: a thread that waits for a peer that will never answer is left to the end of the process."""
         with self.changed:
+            self.round.close()
             self.stopped = True
             self.changed.notify_all()
-        self.under_way.put(None)
+        until = time.monotonic() + seconds
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=1.0)
+                thread.join(timeout=max(0.0, until - time.monotonic()))
         self._threads.clear()
 
 
-def _stop(launcher: weakref.ref) -> None:
-    if (held := launcher()) is not None:
-        held.stop()
+def _stop(work: weakref.ref) -> None:
+    if (held := work()) is not None:
+        held.stop(seconds=10.0)
