@@ -27,12 +27,13 @@ Done = Callable[[Exception | None], None]  # called once, when an exchange has e
 
 
 class Exchange(NamedTuple):
-    """number: that of its plan. count: of its phases."""
+    """number: that of its plan. count: of its phases. size: bytes that a rank sends in one of them, on average."""
 
     number: int
     count: int
     phases: Phases
     done: Done
+    size: float = 0.0
 
 
 def future_of(x: Tensor) -> Future:
