@@ -189,13 +189,13 @@ def test_the_order_that_is_found_is_nearly_as_good_as_the_best_of_all(exchanges,
 def test_a_plan_is_changed_for_one_that_is_better_and_kept_otherwise():
     planner, draw = order.Planner(), random.Random(1)
     profile = measured(draw, 4, 2)
-    first, predicted = planner._plan(profile)
+    first, predicted = planner._plan([profile])
     assert predicted == simulate(profile, first) == simulate(profile, search(profile))
     planner.order = first
     slightly = Profile(profile.ready, profile.backward, {k: 1.001 * v for k, v in profile.took.items()}, profile.after, profile.used, profile.rest)
-    assert planner._plan(slightly)[0] is first
+    assert planner._plan([slightly])[0] is first
     planner.order = max(every_order([l for l in profile.took if l[0] < 3]), key=lambda launches: len(launches))
-    assert planner._plan(profile)[0] == first  # of other buckets
+    assert planner._plan([profile])[0] == first  # of other buckets
 
 
 # --- on the network ---

@@ -1,8 +1,8 @@
 """Runs a collective's phases: each where it holds nobody up.
 
-On the CPU the first phase runs in the caller, usually the autograd thread, and ends with the message on its way. Each
-later phase has a thread of its own, which waits for one exchange after the other in the order in which they were begun: a
-bucket's second phase never stands between the next bucket and the network.
+On the CPU each phase has a thread of its own, which takes one exchange after the other in the order in which they were begun,
+waits for what the phase before has begun, and ends with messages on their way: backward never waits for an encoder, and a
+bucket's second phase never stands between the next bucket and the network. Kernels and network run without the GIL.
 On a device everything is ordered by a stream beside the one that computes, and the host waits for nothing.
 """
 
@@ -27,12 +27,13 @@ Done = Callable[[Exception | None], None]  # called once, when an exchange has e
 
 
 class Exchange(NamedTuple):
-    """number: that of its plan. count: of its phases."""
+    """number: that of its plan. count: of its phases. size: bytes that a rank sends in one of them, on average."""
 
     number: int
     count: int
     phases: Phases
     done: Done
+    size: float = 0.0
 
 
 def future_of(x: Tensor) -> Future:
@@ -103,7 +104,7 @@ class Runner:
     def exchange(self, exchange: Exchange) -> None:
         """Begins it."""
         if not self.stream:
-            return self._stages.advance(0, exchange, None)
+            return self._stages.begin(exchange)
         with self.stream.beside():
             failed, failure = None, None
             try:
@@ -120,35 +121,44 @@ class Runner:
         """Nothing more follows in this step. Nothing has waited for that."""
 
     def finish(self) -> None:
-        """What has begun ends in its own time."""
+        """Returns when all first phases have begun: what the caller begins with the same group comes after them."""
+        self._stages.finish()
 
     def stop(self) -> None:
         self._stages.stop()
 
 
 class Stages:
-    """A thread for each phase that follows a first one, started when an exchange first has such a phase. Threads hold this
-    and not the runner, so that a handle that nobody holds any more goes."""
+    """A thread for each phase, and one for what follows the last, started when an exchange first comes there. Threads hold
+    this and not the runner, so that a handle that nobody holds any more goes."""
 
     def __init__(self, clock: Clock):
         self.clock = clock
-        self._queues: list[queue.SimpleQueue] = []
+        self._queues: list[queue.Queue] = []
         self._threads: list[threading.Thread] = []
 
-    def advance(self, stage: int, exchange: Exchange, failed: Exception | None) -> None:
+    def begin(self, exchange: Exchange) -> None:
+        self._queue(0).put((Pending(), exchange))
+
+    def finish(self) -> None:
+        """Returns when none waits for its first phase."""
+        if self._queues:
+            self._queues[0].join()
+
+    def _advance(self, stage: int, exchange: Exchange, failed: Exception | None) -> None:
         """Runs the phase that is due, then hands the exchange to the thread that waits for what it has begun."""
         failure = None
         try:
             pending = self.clock.advance(exchange, stage, failed)
             if pending is not None:
-                return self._queue(stage).put((pending, exchange))
+                return self._queue(stage + 1).put((pending, exchange))
         except Exception as error:
             failure = error
         exchange.done(failure)
 
-    def _queue(self, stage: int) -> queue.SimpleQueue:
+    def _queue(self, stage: int) -> queue.Queue:
         if stage == len(self._queues):  # only the stage before it, one thread, comes here first
-            self._queues.append(queue.SimpleQueue())
+            self._queues.append(queue.Queue())
             self._threads.append(threading.Thread(target=self._serve, args=(stage,), name=f"commopt-{stage}", daemon=True))
             self._threads[-1].start()
         return self._queues[stage]
@@ -157,8 +167,8 @@ class Stages:
         jobs = self._queues[stage]
         while (job := jobs.get()) is not None:
             pending, exchange = job
-            failed = self.clock.wait(pending)
-            self.advance(stage + 1, exchange, failed)
+            self._advance(stage, exchange, self.clock.wait(pending) if stage else None)
+            jobs.task_done()
             del job, pending, exchange  # nothing of a finished exchange lives until the next
 
     def stop(self) -> None:

@@ -91,7 +91,7 @@ class State:
         self._sinks: list[tuple[Callable, int]] = []
         self._deferral = self._defer(model)
         self._planner = Planner() if self.schedule.planned else None
-        self._uses: list[tuple[int, float, float]] = []  # since the last backward: exchange, when it was asked for, how long that waited
+        self._uses: list[tuple[int, float, float]] | None = []  # since the last backward: exchange, when it was asked for, how long that waited
         self._computed = 0.0  # when backward was over
         self._exposed, self._device = Exposed(), self._keep_alive[0].device if named else torch.device("cpu")
         self._gradients: dict[tuple[int, ...], list[Tensor]] = {}  # where a bucket is and the ids of its parameters -> views of it
@@ -176,7 +176,7 @@ class State:
         began = time.perf_counter()
         with self._exposed.waiting(self._device):
             yield
-        if self._planner:
+        if self._planner and self._uses is not None:
             self._uses.append((number, began, time.perf_counter() - began))
 
     def _send(self, x: Tensor, prepared: Prepared, joined: bool) -> Future:
@@ -243,8 +243,9 @@ class State:
         """The order in which the next step's exchanges are launched."""
         uses, self._uses = self._uses, []
         for launcher in self._traffic.runners:  # of one device: DDP has no more
-            if launcher.round.log.done and self._buckets:
-                self._planner.observe(Profile.of(launcher.round.log, self._computed, uses, now), self._traffic.control)
+            log = launcher.round.log
+            if log.done and self._buckets:
+                self._planner.observe(None if uses is None else Profile.of(log, self._computed, uses, now), self._traffic.control)
             launcher.begin(self._planner.order)
 
     def _compressors(self, compressed: int) -> tuple[Compressor, dict[str, Compressor]]:
@@ -327,6 +328,7 @@ class State:
         """Returns when all gradients have come and all steps that optimizers were asked for are taken. A use of a gradient or a
         parameter does the same for that one; this is for what looks at them from outside of Python."""
         self._finish()
+        self._uses = None  # which tell nothing about when a forward uses what
 
     def detach(self) -> None:
         """Averages exactly for ever and frees residuals and messages. DDP keeps a hook until it is deleted."""

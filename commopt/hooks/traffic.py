@@ -62,7 +62,7 @@ class Traffic:
         if not prepared.merges or plan.size >= worth:
             self.close_batch()  # in the order in which they were begun, which is the same on all ranks
             self.travels_as[plan.number] = plan.number
-            runner.exchange(Exchange(plan.number, prepared.phases, prepared.begin(link, x, residual), done))
+            runner.exchange(Exchange(plan.number, prepared.phases, prepared.begin(link, x, residual), done, plan.size / prepared.phases))
             return future
         if self._batch is not None and self._batch.device != x.device:
             self.close_batch()
@@ -79,7 +79,7 @@ class Traffic:
         """Sends the small exchanges that wait."""
         batch, self._batch = self._batch, None
         if batch is not None:
-            self._on(batch.device)[1].exchange(Exchange(batch.number, batch.count, batch.phases(), batch.done))
+            self._on(batch.device)[1].exchange(Exchange(batch.number, batch.count, batch.phases(), batch.done, batch.size / batch.count))
 
     def drop_batch(self) -> None:
         """Forgets what waits and will not be sent."""

@@ -7,6 +7,7 @@ each of the other buckets once it has come, with the settings that it had when i
 parameters are awaited, in the next forward or wherever they are used.
 """
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -107,11 +108,12 @@ class Deferral:
             self.early_steps += 1
         self._arrive(arrival)
 
-    def _arrive(self, arrival: Arrival) -> None:
+    def _arrive(self, arrival: Arrival, used: bool = True) -> None:
+        """used: whether somebody needs it now; else it is simply there."""
         with self._lock:
             if arrival.over:
                 return
-            with self._waiting(arrival.number):
+            with self._waiting(arrival.number) if used else contextlib.nullcontext():
                 arrival.future.wait()
             self._is_over(arrival)
             try:
@@ -145,7 +147,8 @@ class Deferral:
         with self._lock:
             self._show_hidden()
             for arrival in [a for a in self._pending if a.future.done() or a.steps.get(optimizer)]:
-                self._arrive(arrival)  # what is there takes part in the step, and what waits for an earlier step takes that first
+                # What is there takes part in the step, and what waits for an earlier step takes that first.
+                self._arrive(arrival, used=not arrival.future.done())
         if not self._pending or len(args) > 1 or kwargs.get("closure") is not None or not is_per_parameter(optimizer):
             return  # the gradients make it wait
         # These are to be the last hook before the step, and the first after it: others may look at gradients too.

@@ -40,6 +40,7 @@ class Log:
     """When things happened in a round, by the clock of time.perf_counter."""
 
     handed_in: dict[int, float] = field(default_factory=dict)  # by the number of an exchange
+    sizes: dict[int, float] = field(default_factory=dict)  # bytes of each of its launches
     launched: dict[Launch, float] = field(default_factory=dict)  # in the order of launching
     ended: dict[Launch, float] = field(default_factory=dict)
     done: dict[int, float] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Round:
     def hand_in(self, exchange: Exchange) -> None:
         self.jobs[exchange.number] = Job(exchange)
         self.log.handed_in[exchange.number] = time.perf_counter()
+        self.log.sizes[exchange.number] = exchange.size
 
     def close(self) -> None:
         self._order = deque(launch for launch in self._order if launch[0] in self.jobs)

@@ -4,9 +4,11 @@ What is measured of a step, all times in seconds:
 
     ready    of an exchange: from the first hand-in of the step until its own
     backward from the first hand-in until the end of the backward
-    took     of a launch: how long it had the link for itself
+    took     of a launch: how long it had the link for itself; of those under way at a time it is not known which one waited
+             for which, so that as far as sizes go all are taken to have had the same latency and the same rate
     after    of an exchange: from its last arrival until the mean is there
-    used     of an exchange: what is computed between the end of the backward and the first use of its mean, waiting left out
+    used     of an exchange: what is computed between the end of the backward and the first use of its mean, waiting left out;
+             of one that is there before it is asked for, what the others make one expect
     rest     what is computed between the end of the backward and the next step's first hand-in
 
 From these `simulate` tells how long a step takes in any order. The link carries one launch after the other; a launch begins
@@ -44,12 +46,13 @@ class Profile:
         for number, at, wait in uses:
             used.setdefault(number, max(0.0, at - backward - waited))
             waited += wait
-        took, free = {}, 0.0
+        took: dict[Launch, float] = {}
+        free = 0.0
         for launch, ended in log.ended.items():
             took[launch] = ended - max(free, log.launched[launch])
             free = ended
         last = {number: ended for (number, _), ended in log.ended.items()}
-        return cls({number: at - begin for number, at in log.handed_in.items()}, backward - begin, took,
+        return cls({number: at - begin for number, at in log.handed_in.items()}, backward - begin, _fitted(took, log.sizes),
                    {number: done - last[number] for number, done in log.done.items() if number in last}, used, end - backward - waited)
 
     @classmethod
@@ -63,8 +66,31 @@ class Profile:
                     values[key].append(value)
             return {key: statistics.median(some) for key, some in values.items()}
 
-        tables = [middle([getattr(p, name) for p in profiles]) for name in ("ready", "took", "after", "used")]
-        return cls(tables[0], statistics.median(p.backward for p in profiles), *tables[1:], statistics.median(p.rest for p in profiles))
+        ready, took, after, used = (middle([getattr(p, name) for p in profiles]) for name in ("ready", "took", "after", "used"))
+        backward, rest = (statistics.median(getattr(p, name) for p in profiles) for name in ("backward", "rest"))
+        return cls(ready, backward, took, after, used | _expected(ready, used, rest), rest)
+
+
+def _fitted(took: dict[Launch, float], sizes: dict[int, float]) -> dict[Launch, float]:
+    """Seconds of each launch by latency + size / rate, which fit what they took; neither is negative."""
+    x, y = [sizes[number] for number, _ in took], list(took.values())
+    slope, latency = statistics.linear_regression(x, y) if len(set(x)) > 1 else (0.0, sum(y) / max(1, len(y)))
+    if slope < 0.0:
+        slope, latency = 0.0, sum(y) / len(y)
+    elif latency < 0.0:
+        slope, latency = sum(y) / sum(x), 0.0
+    return {launch: latency + slope * size for launch, size in zip(took, x)}
+
+
+def _expected(ready: dict[int, float], used: dict[int, float], rest: float) -> dict[int, float]:
+    """When those exchanges are used for which that was not measured: what is ready late is used early, as far as the others
+    show that."""
+    known = [number for number in used if number in ready]
+    missing = [number for number in ready if number not in used]
+    if len({ready[number] for number in known}) < 2:
+        return {}
+    slope, first = statistics.linear_regression([ready[number] for number in known], [used[number] for number in known])
+    return {number: min(max(first + slope * ready[number], 0.0), rest) for number in missing} if slope < 0 else {}
 
 
 def simulate(profile: Profile, order: list[Launch]) -> float:
@@ -144,21 +170,25 @@ class Planner:
         """The buckets are others, or what they send is. All ranks call it in the same step."""
         self.order, self.predicted, self._steps, self._profiles = [], None, 0, []
 
-    def observe(self, profile: Profile, group: dist.ProcessGroup) -> None:
-        """A step is over. In some steps, the same on all ranks, a collective call."""
+    def observe(self, profile: Profile | None, group: dist.ProcessGroup) -> None:
+        """A step is over, of which nothing was measured if a flush ended it. In some steps, the same on all ranks, a
+        collective call."""
         self._steps += 1
-        self._profiles = [*self._profiles[-4:], profile]
+        self._profiles = [*self._profiles[-4:], profile] if profile else self._profiles
         if self._steps not in _DUE and self._steps % _EVERY:
             return
         rank, first = dist.get_rank(group), dist.get_global_rank(group, 0)
         everyone = [None] * dist.get_world_size(group) if rank == 0 else None
-        dist.gather_object(Profile.median(self._profiles), everyone, first, group)
-        planned = [self._plan(Profile.median(everyone)) if rank == 0 else None]
+        dist.gather_object(self._profiles, everyone, first, group)
+        planned = [self._plan([profile for profiles in everyone for profile in profiles]) if rank == 0 else None]
         dist.broadcast_object_list(planned, first, group)
         self.order, self.predicted = planned[0]
         self._profiles = []
 
-    def _plan(self, profile: Profile) -> tuple[list[Launch], float]:
+    def _plan(self, profiles: list[Profile]) -> tuple[list[Launch], float | None]:
+        if not profiles:
+            return self.order, self.predicted
+        profile = Profile.median(profiles)
         best = search(profile)
         known = set(self.order) == set(profile.took) and set(profile.ready) == {number for number, _ in self.order}
         if known and simulate(profile, self.order) * _BETTER <= simulate(profile, best):
