@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commopt
-from ranks import Mixed, batch, each_rank, flat, loss_of, raised, same, same_everywhere
+import test_faults
+from ranks import Mixed, batch, each_rank, flat, loss_of, raised, run, same, same_everywhere
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -437,3 +438,18 @@ def test_the_guard_knows_what_is_normal():
         assert size < 1e18, (growth, steps)
     for size in (float("inf"), float("nan")):
         assert isinstance(raised(Divergence().see_norm, size), RuntimeError)
+
+
+def _fail(rank: int, world: int, schedule: str, where: str) -> str:
+    training = Training(rank, 2, schedule=schedule, spec="failing_gather")
+    training.train(range(4))
+    test_faults.fail[where] = rank == 1
+    errors = [error for step in range(4, 7) if (error := raised(training.train, range(step, step + 1))) is not None]
+    assert errors and all(type(error) is RuntimeError for error in errors), errors
+    return str(errors[0])
+
+
+@pytest.mark.parametrize("schedule", ["delayed", "delayed:correction=local"])
+def test_a_failure_is_raised_by_all_ranks(schedule):
+    texts = run(2, _fail, schedule=schedule, where="encode")
+    assert texts[0] == texts[1] and "rank 1 failed" in texts[0] and "OSError: the dog ate it" in texts[0], texts
