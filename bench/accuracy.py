@@ -11,6 +11,7 @@ a difference between two specs; with this one they end within 0.0001.
 """
 
 import argparse
+import contextlib
 import math
 import statistics
 import time
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="stretches of text per rank and step")
     parser.add_argument("--width", type=int, default=128, help="of the GPT; 128 gives 1.1M parameters")
     parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--schedule", default="pipelined", help=f"of ours: {', '.join(commopt.schedules())}")
+    parser.add_argument("--accumulate", type=int, default=1, help="backward passes that a step's batch is divided into")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--emulate", metavar="RATE", help="over a shaped link, such as 100mbit; needs root")
@@ -64,14 +67,14 @@ def table(result: dict) -> str:
                      f"{1e3 * step:8.1f} {statistics.mean(run['seconds'] for run in runs):8.1f}")
     what = result["what"]
     return "\n".join(lines + [f"{what['parameters'] / 1e6:.2f}M parameters, {what['world']} ranks, {what['steps']} steps, {what['seeds']} seed(s), "
-                              f"AdamW lr {what['lr']} with warm-up and cosine, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}"])
+                              f"AdamW lr {what['lr']} with warm-up and cosine, schedule {what['schedule']}, {what['accumulate']} pass(es) a step, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}"])
 
 
 def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
     """One training run on this rank; the held-out loss, seconds and bytes so far at every `eval_every`-th step."""
     rank = dist.get_rank()
     torch.manual_seed(seed)
-    ddp, handle = candidates.wrap(spec, ByteGPT(args.width, args.layers), seed=seed, bucket_mb=args.bucket_mb)
+    ddp, handle = candidates.wrap(spec, ByteGPT(args.width, args.layers), seed=seed, bucket_mb=args.bucket_mb, schedule=args.schedule)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
     training, held_out = text.standard_library()
@@ -80,9 +83,11 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
     curve, seconds = [], 0.0
     for step in range(1, args.steps + 1):
         begin = time.perf_counter()
-        loss = next_byte_loss(ddp, text.batch(training, args.batch, ddp.module.context, batches))
         optimizer.zero_grad()
-        loss.backward()
+        parts = text.batch(training, args.batch, ddp.module.context, batches).chunk(args.accumulate)
+        for i, part in enumerate(parts):
+            with ddp.no_sync() if i < len(parts) - 1 else contextlib.nullcontext():
+                (next_byte_loss(ddp, part) * (len(part) / args.batch)).backward()
         optimizer.step()
         schedule.step()
         seconds += time.perf_counter() - begin
@@ -92,6 +97,8 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
             sent = candidates.bytes_per_step(spec, ddp, handle) * step
             curve.append({"step": step, "loss": value, "seconds": seconds, "bytes": sent})
             launch.progress(f"{spec} seed {seed}: step {step}/{args.steps}, loss {value:.4f}")
+    if handle:
+        handle.flush()
     equal = _same_everywhere(ddp)
     if not equal:
         raise RuntimeError(f"{spec}: the ranks hold different parameters after {args.steps} steps")
@@ -122,7 +129,7 @@ def worker() -> None:
         for spec in args.specs:
             runs[spec].append(train(spec, seed, args))
     what = {"parameters": sum(p.numel() for p in ByteGPT(args.width, args.layers).parameters()), "world": args.world, "steps": args.steps,
-            "seeds": args.seeds, "lr": args.lr, "bucket_mb": args.bucket_mb, "link": args.emulate or "loopback", "torch": torch.__version__, "commopt": commopt.__version__}
+            "seeds": args.seeds, "lr": args.lr, "schedule": args.schedule, "accumulate": args.accumulate, "bucket_mb": args.bucket_mb, "link": args.emulate or "loopback", "torch": torch.__version__, "commopt": commopt.__version__}
     launch.finish({"what": what, "runs": runs})
     dist.destroy_process_group()
 

@@ -46,5 +46,10 @@ class LossScale:
         return True
 
 
+def scaled(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler steps this optimizer. As slow as `find`."""
+    return any(id(optimizer) in scaler._per_optimizer_states for scaler in _in_use())
+
+
 def _in_use() -> list[torch.amp.GradScaler]:
     return [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled() and o._scale is not None]

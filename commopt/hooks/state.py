@@ -23,11 +23,14 @@ from ..residual import Residuals
 from ..schedulers import Schedule, parse_schedule
 from ..schedulers.awaited import can_wait
 from ..schedulers.deferral import Deferral
+from ..schedulers.halves import Halves
+from ..schedulers.late import Handle, laid_out
 from ..schedulers.launcher import Launcher
+from ..schedulers.local_first import LocalFirst
 from ..schedulers.order import Planner, Profile
 from .agreement import agree, nodes
 from .exposed import Exposed
-from .grad_scaler import LossScale
+from .grad_scaler import LossScale, scaled
 from .traffic import Traffic
 
 log = logging.getLogger("commopt")
@@ -90,6 +93,7 @@ class State:
         self._backward = -1  # the number of the backward whose end is awaited
         self._sinks: list[tuple[Callable, int]] = []
         self._deferral = self._defer(model)
+        self._delay = self._be_late(module)
         self._planner = Planner() if self.schedule.planned else None
         self._uses: list[tuple[int, float, float]] | None = []  # since the last backward: exchange, when it was asked for, how long that waited
         self._computed = 0.0  # when backward was over
@@ -118,6 +122,16 @@ class State:
         self._accumulators = deferral.guard(module)
         return deferral
 
+    def _be_late(self, module: torch.nn.Module) -> Halves | LocalFirst | None:
+        """What has gradients come a step late, where the schedule wants that."""
+        if self.schedule.waits != "next step":
+            return None
+        held, alarm, control = weakref.ref(self), self._traffic.alarm, self._traffic.control  # a hook of the model may outlive the handle
+        handle = Handle(
+            begin=lambda x, parameters, last: held()._begin_late(x, parameters, last), waiting=lambda: held()._exposed.waiting(held()._device),
+            ended=alarm.raise_known, agree=lambda facts: agree(control, facts), scaled=scaled, average=self._traffic.average)
+        return (Halves if self.schedule.correction == "half" else LocalFirst)(module, self._keep_alive, handle)
+
     # --- one bucket ---
 
     def exchange(self, x: Tensor, parameters: list[Tensor], last: bool = False) -> Future:
@@ -129,17 +143,10 @@ class State:
             if backward not in (-1, self._backward):  # with reentrant checkpoints a step has several, each with its end
                 self._backward = backward
                 _after_backward(self)
-            known = [self._parameters[id(p)] for p in parameters]
             if not self._traffic.alarm.left:
-                if self.step < 0 or known[0].name in self._exchanged:
-                    self._begin_step(began)
-                self._exchanged.update(p.name for p in known)
-                prepared = self._buckets.get(tuple(map(id, parameters))) or self._make_plan(x, known, tuple(map(id, parameters)))
-                future = self._send(x, prepared, joined=backward == -1)
-                if last or self.schedule.waits == "hook":
-                    self._traffic.close_batch()
-                if len(self._exchanged) == len(self._parameters):
-                    self._traffic.close()
+                if self._delay is not None and self._delay.takes(x, parameters, last, joined=backward == -1):
+                    return _completed(x)
+                future, prepared = self._begin(x, parameters, last, backward == -1, began)
                 if self._deferring and backward != -1 and not x.is_sparse and all(map(can_wait, parameters)):
                     number = self._traffic.travels_as[prepared.plan.number]
                     self._deferral.expect(number, list(parameters), self._views(x, parameters), future)
@@ -155,6 +162,29 @@ class State:
             raise self._traffic.alarm.error
         return _completed(x)
 
+    def _begin(self, x: Tensor, parameters: list[Tensor], last: bool, joined: bool, began: float) -> tuple[Future, Prepared]:
+        known = [self._parameters[id(p)] for p in parameters]
+        if self.step < 0 or known[0].name in self._exchanged:
+            self._begin_step(began)
+        self._exchanged.update(p.name for p in known)
+        prepared = self._buckets.get(tuple(map(id, parameters))) or self._make_plan(x, known, tuple(map(id, parameters)))
+        future = self._send(x, prepared, joined)
+        if last or self.schedule.waits == "hook":
+            self._traffic.close_batch()
+        if len(self._exchanged) == len(self._parameters):
+            self._traffic.close()
+        return future, prepared
+
+    def _begin_late(self, x: Tensor, parameters: list[Tensor], last: bool) -> Future:
+        """Begins to average x, which is not DDP's. Never raises."""
+        try:
+            if not self._traffic.alarm.left:
+                return self._begin(x, parameters, last, False, time.perf_counter())[0]
+        except Exception as error:
+            self._fail(error, "in the hook")
+            self._traffic.alarm.leave()
+        return _completed(x)
+
     @property
     def _deferring(self) -> bool:
         return self._deferral is not None and not self._deferral.compiled
@@ -164,9 +194,7 @@ class State:
         key = (x.data_ptr(), *map(id, parameters))
         if key not in self._gradients:
             self._gradients = {k: views for k, views in self._gradients.items() if set(k[1:]).isdisjoint(key[1:])}
-            flats = x.split([p.numel() for p in parameters])
-            dense = [torch.empty_like(p, device="meta").stride() == p.stride() for p in parameters]  # else DDP packs it
-            self._gradients[key] = [f.as_strided(p.shape, p.stride()) if d else f.view(p.shape) for f, p, d in zip(flats, parameters, dense)]
+            self._gradients[key] = laid_out(x, parameters)
         return list(self._gradients[key])
 
     @contextlib.contextmanager
@@ -181,7 +209,8 @@ class State:
 
     def _send(self, x: Tensor, prepared: Prepared, joined: bool) -> Future:
         plan = prepared.plan
-        plan.step, plan.loss_scale, plan.finite = self.step, self._scale_on(x.device), None
+        plan.step = self.step if self._delay is None else self._delay.draw(self.step)
+        plan.loss_scale, plan.finite = self._scale_on(x.device), None
         self._bytes_raw += x.numel() * x.element_size()
         self._bytes_wire += plan.sent
         # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
@@ -194,6 +223,8 @@ class State:
     def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Prepared:
         """A plan for a bucket that was not seen before. The ranks compare what they are about to do."""
         self._traffic.finish()
+        if self._delay is not None:
+            self._delay.land()
         names = {p.name for p in known}
         self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
@@ -217,14 +248,17 @@ class State:
             self._traffic.alarm.raise_if_any(self.step)
         if self._planner:
             self._plan_order(now)
-        self.step += 1
-        self._steps += 1
+        opens = self._delay is None or self._delay.opens  # and is not the second half of a step
+        self.step += opens
+        self._steps += opens
         self._exchanged.clear()
         self._traffic.drop_batch()  # what a backward left that did not end
         active, compressed = None, self.step - self.start_step
         if compressed >= 0 and not self._paused:
             active = self._compressors(compressed)
         if active != self._active:
+            if self._delay is not None:
+                self._delay.land()
             self._active, self._buckets = active, {}
         if not self._buckets or self.step < 2:
             self._loss_scale.find()
@@ -264,6 +298,8 @@ class State:
             self._traffic.alarm.raise_known()  # the network is busy with gradients; _begin_step asks
         else:
             self._traffic.alarm.raise_if_any(self.step)
+        if self._delay is not None and len(self._exchanged) == len(self._parameters):
+            self._delay.backward_is_over()
         if not self._said and self._active is not None:
             self._said = True
             if self.rank == 0:
@@ -326,7 +362,10 @@ class State:
 
     def flush(self) -> None:
         """Returns when all gradients have come and all steps that optimizers were asked for are taken. A use of a gradient or a
-        parameter does the same for that one; this is for what looks at them from outside of Python."""
+        parameter does the same for that one; this is for what looks at them from outside of Python. With schedule="delayed",
+        where parameters are not final before, with correction=local a collective call."""
+        if self._delay is not None:
+            self._delay.flush()
         self._finish()
         self._uses = None  # which tell nothing about when a forward uses what
 
@@ -336,6 +375,9 @@ class State:
         if self._deferral is not None:
             self._deferral.stop()
             self._deferral = None
+        if self._delay is not None:
+            self._delay.stop()
+            self._delay = None
         self._paused, self._residuals = True, Residuals()
         self._buckets = {}
         self._traffic.free()
@@ -376,7 +418,7 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, loadable with torch.load's default. A collective call: every rank gets the mean residual, so the
         file of any one rank is complete and any number of ranks can load it."""
-        self._finish()
+        self.flush()
         return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": self._residuals.mean(self._traffic.control)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -384,7 +426,7 @@ class State:
         if not isinstance(state, dict) or state.get("version") != 1 or not {"step", "residual"} <= state.keys():
             raise ValueError("state must be what handle.state_dict() returned, with version 1, step and residual, got "
                              + (f"version {state.get('version')!r} and keys {', '.join(map(str, state))}" if isinstance(state, dict) else repr(state)))
-        self._finish()
+        self.flush()
         self._residuals.load(state["residual"], {p.name: p.numel for p in self._parameters.values()})
         self.step = state["step"]
         self._exchanged = {p.name for p in self._parameters.values()}  # so that the next exchange begins a step

@@ -105,6 +105,15 @@ class Traffic:
     def runners(self) -> list[Runner]:
         return [runner for _, runner in self._links.values()]
 
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces them by their exact mean, the same bits on all ranks, when nothing else is under way. A collective call."""
+        for kind in dict.fromkeys((t.device, t.dtype) for t in tensors):
+            some = [t for t in tensors if (t.device, t.dtype) == kind]
+            flat = torch.cat([t.reshape(-1) for t in some]).to(torch.promote_types(kind[1], torch.float32))
+            dist.all_reduce(flat, group=self.control if kind[0].type == "cpu" else self.group)
+            for t, mean in zip(some, flat.div_(self.world).split([t.numel() for t in some])):
+                t.copy_(mean.view(t.shape))
+
     def _on(self, device: torch.device) -> tuple[Link, Runner]:
         if device not in self._links:
             group = self.control if device.type == "cpu" else self.group  # a default group may serve both, by name of neither

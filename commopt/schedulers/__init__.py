@@ -6,5 +6,6 @@ from .pipelined import Pipelined
 from .with_optimizer import WithOptimizer
 from .priority import Priority
 from .decoupled import Decoupled
+from .delayed import Delayed
 
 __all__ = ["Schedule", "parse_schedule", "register", "schedules"]

@@ -12,7 +12,7 @@ class Schedule:
     """Which exchanges are under way at a time, and what waits until one has ended.
 
     `waits` names what does: the "hook" itself; "backward", that is DDP when all gradients are there; "step", the optimizer,
-    for one bucket after the other; or "use", whatever first uses a gradient or a parameter that is not there yet.
+    for one bucket after the other; "use", whatever first uses a gradient or a parameter that is not there yet; or the "next step".
     `planned` is whether exchanges begin in an order that the ranks have planned and agreed on; else they do as they are due.
     `halves` is whether a sum is a reduce-scatter and an all-gather, which begin each in its own time.
     """
