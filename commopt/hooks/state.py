@@ -29,6 +29,7 @@ from ..schedulers.launcher import Launcher
 from ..schedulers.local_first import LocalFirst
 from ..schedulers.order import Planner, Profile
 from .agreement import agree, nodes
+from .counts import Counts
 from .exposed import Exposed
 from .grad_scaler import LossScale, scaled
 from .traffic import Traffic
@@ -100,8 +101,8 @@ class State:
         self._exposed, self._device = Exposed(), self._keep_alive[0].device if named else torch.device("cpu")
         self._gradients: dict[tuple[int, ...], list[Tensor]] = {}  # where a bucket is and the ids of its parameters -> views of it
         self._said = False
-        self._logged = self._seen_step = -1  # the last step that was given to the sinks, and whose finiteness was counted
-        self.reset_stats()
+        self._logged = -1  # the last step that was given to the sinks
+        self._counts = Counts()
 
     def _understand(self, spec: str | Compressor, schedule: str | Schedule, rules: dict[str, str | Compressor], start_step: int) -> None:
         self.spec, self.schedule = parse(spec), parse_schedule(schedule)
@@ -211,8 +212,7 @@ class State:
         plan = prepared.plan
         plan.step = self.step if self._delay is None else self._delay.draw(self.step)
         plan.loss_scale, plan.finite = self._scale_on(x.device), None
-        self._bytes_raw += x.numel() * x.element_size()
-        self._bytes_wire += plan.sent
+        self._counts.exchange(x, plan)
         # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
         return self._traffic.exchange(prepared, x, None if joined else plan.residual)
 
@@ -229,8 +229,8 @@ class State:
         self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
         spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
         plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
-        if self.schedule.halves and plan.collective == "sum" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and plan.n and not x.is_sparse:
-            plan.collective = "halves"
+        if self.schedule.splits_sums and not x.is_sparse:
+            plan.split_sum()
         agree(self._traffic.control, {"bucket": [p.name for p in known], "parts": [f"{p.start}:{p.stop} {p.compressor}" for p in plan.parts], "step": self.step, "plan": plan.number})
         self._residuals.serve(plan)
         self._traffic.free()
@@ -250,7 +250,7 @@ class State:
             self._plan_order(now)
         opens = self._delay is None or self._delay.opens  # and is not the second half of a step
         self.step += opens
-        self._steps += opens
+        self._counts.steps += opens
         self._exchanged.clear()
         self._traffic.drop_batch()  # what a backward left that did not end
         active, compressed = None, self.step - self.start_step
@@ -271,7 +271,7 @@ class State:
             self._deferral.flush()
             self._deferral.forget()
             self._traffic.finish()
-        self._see_finite()
+        self._counts.see(self._plans, self.step)
 
     def _plan_order(self, now: float) -> None:
         """The order in which the next step's exchanges are launched."""
@@ -293,7 +293,7 @@ class State:
             self._deferral.backward_is_over()
         if not self._deferring:
             self._exposed.end(self._device, backward_done)
-        self._see_finite()
+        self._counts.see(self._plans, self.step)
         if self._deferring:
             self._traffic.alarm.raise_known()  # the network is busy with gradients; _begin_step asks
         else:
@@ -308,22 +308,6 @@ class State:
             if self.step % every == 0 and self._logged != self.step:
                 sink(self.stats(), self.step)
         self._logged = self.step
-
-    def _see_finite(self) -> None:
-        """Looks at the means that have come."""
-        finite = [plan.finite for plan in self._plans if plan.finite is not None]
-        for plan in self._plans:
-            plan.finite = None
-        if finite:
-            self._see(torch.stack([f.to(finite[0].device) for f in finite]).all())
-
-    def _see(self, finite: Tensor) -> None:
-        """Counts a step once, however many ends its backward had. On a device the count stays there: nobody waits for it."""
-        if self._seen_step != self.step:
-            self._seen_step, self._step_finite = self.step, torch.ones_like(finite)
-        was = self._step_finite
-        self._step_finite = was & finite
-        self._nonfinite = self._nonfinite + (was & ~finite).to(torch.int64)
 
     def _fail(self, error: Exception, where: str) -> None:
         self._traffic.alarm.post(error, where, self.step)
@@ -383,9 +367,8 @@ class State:
         self._traffic.free()
 
     def reset_stats(self) -> None:
-        self._steps, self._bytes_raw, self._bytes_wire = 0, 0, 0
+        self._counts.reset()
         self._exposed.reset()
-        self._nonfinite: Any = 0
         self._traffic.reset_clocks()
 
     def stats(self) -> dict[str, Any]:
@@ -395,19 +378,19 @@ class State:
         communication; predicted_ms of a step in the planned order, if there is one; residual_norm; nonfinite_steps; deferred_steps
         and early_steps, in which optimizers left buckets for later, and in which something looked at gradients before them; spec:
         bucket number -> its specs."""
-        per_step = 1e3 / max(1, self._steps)
+        counts, per_step = self._counts, 1e3 / max(1, self._counts.steps)
         return {
-            "steps": self._steps,
-            "bytes_raw": self._bytes_raw,
-            "bytes_wire": self._bytes_wire,
-            "ratio": self._bytes_raw / self._bytes_wire if self._bytes_wire else 1.0,
+            "steps": counts.steps,
+            "bytes_raw": counts.bytes_raw,
+            "bytes_wire": counts.bytes_wire,
+            "ratio": counts.bytes_raw / counts.bytes_wire if counts.bytes_wire else 1.0,
             **{f"{name}_ms": per_step * seconds for name, seconds in self._traffic.clocks().items()},
             "exposed_ms": per_step * self._exposed.seconds,
             "predicted_ms": 1e3 * self._planner.predicted if self._planner and self._planner.predicted else None,
             "deferred_steps": self._deferral.deferred_steps if self._deferral else 0,
             "early_steps": self._deferral.early_steps if self._deferral else 0,
             "residual_norm": self._residuals.norm(),
-            "nonfinite_steps": int(self._nonfinite),
+            "nonfinite_steps": counts.nonfinite,
             "spec": {plan.number: plan.describe()["specs"] for plan in self._plans},
         }
 
@@ -437,7 +420,7 @@ class State:
                 f"{raw / 1e6:.1f} MB of gradients as {sent / 1e6:.1f} MB per rank and step")
         if self._active != self._compressors(STEADY):
             text += " during the warm-up"
-        if self._active is not None and self.spec.name != "none" and all(d["collective"] == "sum" for d in self.plan):
+        if self._active is not None and self.spec.name != "none" and all(plan.summed for plan in self._plans):
             text += "; nothing is compressed, since that would send no less"
         return text
 

@@ -13,6 +13,7 @@ from .parts import EXACT_BELOW, Parameter, Part, compressor_for, layout, split
 __all__ = ["EXACT_BELOW", "Message", "Parameter", "Part", "Plan", "compressor_for", "layout", "split"]
 
 GRAIN = 1024  # a shard begins at a multiple of this many elements
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # others are averaged exactly
 FEW = 4  # ranks up to which lists are gathered: at most three are sent
 
 
@@ -40,7 +41,7 @@ class Plan:
         self.sent = self.size = 0  # see sends()
 
     def _collective(self) -> str:
-        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16) or self.n == 0:
+        if self.dtype not in _FLOATS or self.n == 0:
             return "sum"
         lossy = {part.compressor.collective for part in self.lossy}
         if "auto" in lossy:
@@ -62,6 +63,16 @@ class Plan:
     def _summed(self) -> str:
         self.parts, self.exact = [Part(0, self.n, parse("none"))], self.exact[:0]
         return "sum"
+
+    def split_sum(self) -> None:
+        """An ordinary sum is to be taken in its two halves, where it is one of floats."""
+        if self.collective == "sum" and self.dtype in _FLOATS and self.n:
+            self.collective = "split_sum"
+
+    @property
+    def summed(self) -> bool:
+        """Whether the gradient itself is summed, in its own dtype."""
+        return self.collective in ("sum", "split_sum")
 
     @property
     def reduced(self) -> int:
@@ -127,7 +138,7 @@ class Plan:
         return {
             "parameters": [p.name for p in self.parameters],
             "elements": self.n,
-            "exact_elements": self.exact.numel() if self.collective != "sum" else self.n,
+            "exact_elements": self.exact.numel() if not self.summed else self.n,
             "specs": sorted({str(p.compressor) for p in self.parts}),
             "collective": self.collective,
             "bytes_raw": self.n * self.dtype.itemsize,

@@ -14,13 +14,13 @@ class Schedule:
     `waits` names what does: the "hook" itself; "backward", that is DDP when all gradients are there; "step", the optimizer,
     for one bucket after the other; "use", whatever first uses a gradient or a parameter that is not there yet; or the "next step".
     `planned` is whether exchanges begin in an order that the ranks have planned and agreed on; else they do as they are due.
-    `halves` is whether a sum is a reduce-scatter and an all-gather, which begin each in its own time.
+    `splits_sums` is whether a sum is a reduce-scatter and an all-gather, which begin each in its own time.
     """
 
     name: ClassVar[str]
     waits: ClassVar[str]
     planned: ClassVar[bool] = False
-    halves: ClassVar[bool] = False
+    splits_sums: ClassVar[bool] = False
 
 
 def schedules() -> dict[str, dict[str, tuple[type, Any]]]:

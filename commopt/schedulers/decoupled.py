@@ -15,4 +15,4 @@ class Decoupled(Schedule):
     """
 
     waits = "use"
-    planned = halves = True
+    planned = splits_sums = True

@@ -7,7 +7,7 @@ from .link import Link
 from .phases import Phases, Prepared
 
 
-def halves(plan: Plan) -> Prepared:
+def split_sum(plan: Plan) -> Prepared:
     """A sum as its two halves, which can be launched apart: a reduce-scatter, in which each rank adds up its shard of what all
     ranks send, in rank order and in the gradient's dtype, and an all-gather. As many bytes as a ring all-reduce, and between
     two ranks the same bits.
