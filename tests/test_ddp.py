@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commopt
+from commopt.collectives.link import Link
 from ranks import Given, Mixed, close, conserved, each_rank, loss_of, raised, same, same_everywhere, total
 
 RULES = {"embed*": "int8:ef=true", "*.bias|*norm*|scale": "none", "fc1*": "topk:ratio=0.05"}
@@ -559,11 +560,11 @@ def test_ranks_that_send_more_and_less_than_what_is_worth_a_message(rank, world,
 @each_rank(2, 3)
 def test_small_buckets_travel_together(rank, world):
     """Nine buckets of a few KB each: one message to each peer where they are gathered, and DDP's bytes are accounted for."""
-    sent, isend = [], dist.isend
+    sent, send = [], Link._send
 
-    def counted(tensor, *args):
-        sent.append(tensor.numel())
-        return isend(tensor, *args)
+    def counted(link, row, *args):
+        sent.append(row.numel())
+        send(link, row, *args)
 
     ddp = DDP(Given(*[(50, 50)] * 9), bucket_cap_mb=0.001)
     handle = commopt.attach(ddp, "topk:ratio=0.05,collective=gather", start_step=0)
@@ -571,9 +572,9 @@ def test_small_buckets_travel_together(rank, world):
     for step in range(4):
         if step == 3:
             handle.reset_stats()
-            dist.isend = counted
+            Link._send = counted
         means = given_step(ddp, rank, world, step)
-        dist.isend = isend
+        Link._send = send
         kept = conserved(handle, list(ddp.module.named_parameters()), means, kept, f"step {step}")
     assert len(handle.plan) == 9 and len(sent) == world - 1
     assert sum(sent) == handle.stats()["bytes_wire"] == sum(p["bytes_sent"] for p in handle.plan)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .link import Fill, Link
 from .phases import All, Pending, Phases, Prepared, advance, may_be_spoilt
 
-WORTH = 1 << 15  # bytes to each peer that are worth a message of their own: what a link of 10 Gbit/s carries in 0.1 ms
+WORTH = 1 << 16  # bytes to each peer that are worth a message of their own: what a link of 1 Gbit/s carries in 0.5 ms
 
 
 class _Notes:
