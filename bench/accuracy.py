@@ -23,6 +23,7 @@ import commopt
 
 from . import candidates, launch, link, text
 from .models import ByteGPT, next_byte_loss
+from .steps import check_same
 
 JUDGED = 256  # held-out stretches that the loss is taken over, the same for all
 
@@ -99,9 +100,7 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
             launch.progress(f"{spec} seed {seed}: step {step}/{args.steps}, loss {value:.4f}")
     if handle:
         handle.flush()
-    equal = _same_everywhere(ddp)
-    if not equal:
-        raise RuntimeError(f"{spec}: the ranks hold different parameters after {args.steps} steps")
+    check_same(spec, torch.cat([p.detach().flatten() for p in ddp.parameters()]), f"parameters after {args.steps} steps")
     sent = curve[-1]["bytes"]
     return {"curve": curve, "seconds": seconds, "seconds_per_step": seconds / args.steps, "bytes_per_step": sent / args.steps}
 
@@ -109,16 +108,6 @@ def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
 def rate(step: int, steps: int) -> float:
     """The learning rate of a step, as a fraction of the highest."""
     return min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _same_everywhere(ddp: torch.nn.Module) -> bool:
-    """Whether all ranks hold the same parameters, bit for bit."""
-    mine = torch.cat([p.detach().flatten() for p in ddp.parameters()]).view(torch.int32)
-    first = mine.clone()
-    dist.broadcast(first, 0)
-    same = torch.tensor(int(torch.equal(mine, first)))
-    dist.all_reduce(same, op=dist.ReduceOp.MIN)
-    return bool(same)
 
 
 def worker() -> None:

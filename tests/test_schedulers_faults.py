@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -44,6 +43,13 @@ def train(ddp, optimizer, rank: int, steps) -> None:
 
 def waits(ddp) -> bool:
     return any(type(p) is AwaitedParameter for p in ddp.module.w)
+
+
+def all_as_the_first(results: list[list[torch.Tensor]]) -> None:
+    """The parameters that each of SCHEDULES has led to are those of the one before them, bit for bit."""
+    for schedule, got in zip(SCHEDULES, results[1:]):
+        for p, q in zip(got, results[0]):
+            same(p, q, schedule)
 
 
 def gone_soon(*references: weakref.ref) -> bool:
@@ -180,9 +186,7 @@ def test_a_backward_that_raises_does_not_harm_the_next_step(rank, world):
                 optimizer.step()
         results.append([p.detach().clone() for p in ddp.parameters()])
         handle.detach()
-    for schedule, got in zip(SCHEDULES, results[1:]):
-        for p, q in zip(got, results[0]):
-            same(p, q, schedule)
+    all_as_the_first(results)
 
 
 @each_rank(2)
@@ -226,9 +230,7 @@ def test_from_when_something_is_compiled_backward_waits(rank, world):
         hook.remove()
         results.append([p.detach().clone() for p in ddp.parameters()])
         handle.detach()
-    for schedule, got in zip(SCHEDULES, results[1:]):
-        for p, q in zip(got, results[0]):
-            same(p, q, schedule)
+    all_as_the_first(results)
 
 
 # --- ranks that fail or die ---

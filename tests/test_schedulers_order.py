@@ -17,7 +17,7 @@ from commopt.collectives.run import Exchange
 from commopt.schedulers import order
 from commopt.schedulers.launcher import CREDIT, Launch, Launcher, Round
 from commopt.schedulers.order import Profile, search, simulate
-from ranks import each_rank, same_everywhere
+from ranks import each_rank
 
 # --- launchers ---
 

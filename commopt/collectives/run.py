@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Runner:
     def __init__(self, device: torch.device):
         self.stream, self.clock = Stream(device), Clock()
         self._stages = Stages(self.clock)
-        atexit.register(_stop, weakref.ref(self))
+        stop_at_exit(self)
 
     def exchange(self, exchange: Exchange) -> None:
         """Begins it."""
@@ -182,6 +182,7 @@ class Stages:
         self._threads.clear()
 
 
-def _stop(runner: weakref.ref) -> None:
-    if (held := runner()) is not None:
-        held.stop()
+def stop_at_exit(threads: Any) -> None:
+    """Has threads.stop() called before the interpreter goes down, if they still live."""
+    held = weakref.ref(threads)
+    atexit.register(lambda: held() and held().stop())

@@ -93,7 +93,7 @@ class State:
         self._plan_numbers = itertools.count()
         self._backward = -1  # the number of the backward whose end is awaited
         self._sinks: list[tuple[Callable, int]] = []
-        self._deferral = self._defer(model)
+        self._deferral = self._defer(model, module)
         self._delay = self._be_late(module)
         self._planner = Planner() if self.schedule.planned else None
         self._uses: list[tuple[int, float, float]] | None = []  # since the last backward: exchange, when it was asked for, how long that waited
@@ -110,7 +110,7 @@ class State:
         if not isinstance(start_step, int) or start_step < 0:
             raise ValueError(f"start_step must be the number of a step, 0 or more, got {start_step!r}")
 
-    def _defer(self, model: torch.nn.Module) -> Deferral | None:
+    def _defer(self, model: torch.nn.Module, module: torch.nn.Module) -> Deferral | None:
         """What has gradients awaited, where the schedule wants that and the model allows it."""
         if self.schedule.waits not in ("step", "use"):
             return None
@@ -118,7 +118,7 @@ class State:
         if unused and getattr(model, "gradient_as_bucket_view", False):
             log.warning("commopt: with unused parameters and gradient_as_bucket_view, DDP itself waits for all gradients when backward is over")
             return None
-        held, alarm, module = weakref.ref(self), self._traffic.alarm, getattr(model, "module", model)  # awaited parameters may outlive the handle
+        held, alarm = weakref.ref(self), self._traffic.alarm  # awaited parameters may outlive the handle
         deferral = Deferral(module, self.schedule.waits, unused, alarm.raise_known, lambda number: held()._waiting(number) if held() else contextlib.nullcontext())
         self._accumulators = deferral.guard(module)
         return deferral
@@ -157,22 +157,21 @@ class State:
                         future.wait()
                 return future
         except Exception as error:
-            self._fail(error, "in the hook")
-            self._traffic.alarm.leave()
+            self._hook_failed(error)
         if backward == -1 and self._traffic.alarm.error is not None:  # within join() nothing follows where it could be raised
             raise self._traffic.alarm.error
         return _completed(x)
 
     def _begin(self, x: Tensor, parameters: list[Tensor], last: bool, joined: bool, began: float) -> tuple[Future, Prepared]:
-        known = [self._parameters[id(p)] for p in parameters]
+        known, key = [self._parameters[id(p)] for p in parameters], tuple(map(id, parameters))
         if self.step < 0 or known[0].name in self._exchanged:
             self._begin_step(began)
         self._exchanged.update(p.name for p in known)
-        prepared = self._buckets.get(tuple(map(id, parameters))) or self._make_plan(x, known, tuple(map(id, parameters)))
+        prepared = self._buckets.get(key) or self._make_plan(x, known, key)
         future = self._send(x, prepared, joined)
         if last or self.schedule.waits == "hook":
             self._traffic.close_batch()
-        if len(self._exchanged) == len(self._parameters):
+        if self._all_begun:
             self._traffic.close()
         return future, prepared
 
@@ -182,9 +181,13 @@ class State:
             if not self._traffic.alarm.left:
                 return self._begin(x, parameters, last, False, time.perf_counter())[0]
         except Exception as error:
-            self._fail(error, "in the hook")
-            self._traffic.alarm.leave()
+            self._hook_failed(error)
         return _completed(x)
+
+    @property
+    def _all_begun(self) -> bool:
+        """Whether this step has begun to exchange every parameter."""
+        return len(self._exchanged) == len(self._parameters)
 
     @property
     def _deferring(self) -> bool:
@@ -289,7 +292,7 @@ class State:
     def _end_step(self, backward_done) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
         on all ranks, with the reducer in good order."""
-        if self._deferral is not None and len(self._exchanged) == len(self._parameters):  # else DDP is still to write gradients
+        if self._deferral is not None and self._all_begun:  # else DDP is still to write gradients
             self._deferral.backward_is_over()
         if not self._deferring:
             self._exposed.end(self._device, backward_done)
@@ -298,7 +301,7 @@ class State:
             self._traffic.alarm.raise_known()  # the network is busy with gradients; _begin_step asks
         else:
             self._traffic.alarm.raise_if_any(self.step)
-        if self._delay is not None and len(self._exchanged) == len(self._parameters):
+        if self._delay is not None and self._all_begun:
             self._delay.backward_is_over()
         if not self._said and self._active is not None:
             self._said = True
@@ -308,6 +311,10 @@ class State:
             if self.step % every == 0 and self._logged != self.step:
                 sink(self.stats(), self.step)
         self._logged = self.step
+
+    def _hook_failed(self, error: Exception) -> None:
+        self._fail(error, "in the hook")
+        self._traffic.alarm.leave()
 
     def _fail(self, error: Exception, where: str) -> None:
         self._traffic.alarm.post(error, where, self.step)

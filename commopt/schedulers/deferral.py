@@ -9,7 +9,6 @@ parameters are awaited, in the next forward or wherever they are used.
 
 import contextlib
 import functools
-import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .awaited import AwaitedGradient, arrived, await_, can_wait
 from .optimizer_step import Later, is_per_parameter
+from .steps_seen import unwatch, watch
 
 
 class Arrival:
@@ -49,6 +48,8 @@ class Deferral:
     for that exchange.
     """
 
+    saving = True  # the optimizer's state waits for what it is asked for
+
     def __init__(
         self, module: nn.Module, until: str, unused: bool, ended: Callable[[], None], waiting: Callable[[int], AbstractContextManager]
     ):
@@ -60,8 +61,8 @@ class Deferral:
         self._pending: list[Arrival] = []  # of one that is over, in the order in which they were begun
         self._lent: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, which lie in DDP's buckets
         self._hidden: list[tuple[Arrival, Tensor, Tensor]] = []  # while an optimizer steps: the parameters that must wait, with gradients
-        self._looked_early = self._stepping = self._asked = False
-        self._optimizers: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()  # with our hooks
+        self._looked_early = False
+        self._asked = False  # whether the step that is asked for is to leave something for later
         self._modules = weakref.WeakSet(module.modules())
         self._module_hook: Any = None
 
@@ -122,13 +123,9 @@ class Deferral:
                 for other in list(self._pending):
                     self._is_over(other)
                 raise
-            self._stepping = True
-            try:
-                gradients = dict(zip(arrival.parameters, arrival.gradients))
-                for later in arrival.steps.values():
-                    later.take(gradients)
-            finally:
-                self._stepping = False
+            gradients = dict(zip(arrival.parameters, arrival.gradients))
+            for later in arrival.steps.values():
+                later.take(gradients)
 
     def _is_over(self, arrival: Arrival) -> None:
         arrival.over = True
@@ -140,34 +137,23 @@ class Deferral:
 
     # --- a step of an optimizer ---
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Called before all other hooks of the step."""
-        if self._stepping or not self._pending:
-            return
+    def is_asked(self, optimizer: Optimizer, closure: bool, first: bool) -> bool:
+        """Whether something of the step is left for later; see `steps_seen`."""
+        self._asked = False
+        if not self._pending:
+            return False
         with self._lock:
             self._show_hidden()
             for arrival in [a for a in self._pending if a.future.done() or a.steps.get(optimizer)]:
                 # What is there takes part in the step, and what waits for an earlier step takes that first.
                 self._arrive(arrival, used=not arrival.future.done())
-        if not self._pending or len(args) > 1 or kwargs.get("closure") is not None or not is_per_parameter(optimizer):
-            return  # the gradients make it wait
-        # These are to be the last hook before the step, and the first after it: others may look at gradients too.
-        if optimizer not in self._optimizers:
-            held = weakref.ref(self)
-            self._optimizers[optimizer] = (
-                optimizer.register_step_pre_hook(lambda o, a, k: _call(held, Deferral._hide, o)),
-                optimizer.register_step_post_hook(lambda o, a, k: _call(held, Deferral._after_step, o)),
-                optimizer.register_state_dict_pre_hook(lambda o: _call(held, Deferral.flush)),
-                optimizer.register_load_state_dict_pre_hook(lambda o, state: _call(held, Deferral.flush)),
-            )
-        before, after, *_ = self._optimizers[optimizer]
-        optimizer._optimizer_step_pre_hooks.move_to_end(before.id)
-        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)
-        self._asked = True
+        # Where it is not, the gradients make the step wait.
+        self._asked = bool(self._pending) and not closure and is_per_parameter(optimizer)
+        return self._asked
 
-    def _hide(self, optimizer: Optimizer) -> None:
-        asked, self._asked = self._asked, False
-        if not asked:
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Hides the gradients that have not come."""
+        if not self._asked:
             return
         with self._lock:
             for arrival in self._pending:
@@ -181,7 +167,7 @@ class Deferral:
             for _, p, _ in self._hidden:
                 p.grad = None
 
-    def _after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         if not self._hidden:
             return
         with self._lock:
@@ -250,7 +236,7 @@ class Deferral:
         nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in module.parameters() if p.requires_grad]
         self._guards = [node.register_prehook(before_accumulating) for node in nodes]
         _deferrals.add(self)
-        _watch_steps()
+        watch(self)
         _watch_compiling()
         return nodes
 
@@ -258,7 +244,8 @@ class Deferral:
         """Leaves the model as it was."""
         self.flush()
         _deferrals.discard(self)
-        for hook in itertools.chain(self._guards, *self._optimizers.values()):
+        unwatch(self)
+        for hook in self._guards:
             hook.remove()
 
     def _before_compiling(self) -> None:
@@ -266,18 +253,7 @@ class Deferral:
         self.flush()
 
 
-# One hook for all, which stays: torch may be going through its hooks when a deferral is collected as garbage.
-_deferrals: weakref.WeakSet[Deferral] = weakref.WeakSet()
-
-
-@functools.cache
-def _watch_steps() -> None:
-    register_optimizer_step_pre_hook(_before_any_step)
-
-
-def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    for deferral in list(_deferrals):
-        deferral._before_step(optimizer, args, kwargs)
+_deferrals: weakref.WeakSet[Deferral] = weakref.WeakSet()  # that are told of compiled code
 
 
 def _watch_compiling() -> None:
@@ -300,12 +276,6 @@ def _look(held: weakref.ref, arrival: weakref.ref, future: Future, gradient: wea
     else:  # the handle has gone, and no step waits
         future.wait()
         arrived(gradient())
-
-
-def _call(held: weakref.ref, method: Callable, *args: Any) -> None:
-    deferral = held()
-    if deferral is not None:
-        method(deferral, *args)
 
 
 def _version(grad: Tensor | None) -> tuple[int, int] | None:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from .divergence import Divergence, norm
 from .late import Buckets, Handle, refuse
-from .optimizer_step import Later
+from .optimizer_step import Later, settings
 from .passes import Passes
 from .snapshot import Snapshot
 from .steps_seen import refuse as refuse_step, unwatch, watch
@@ -282,13 +282,13 @@ class Estimate:
         self._later = Later(optimizer, next(iter(factors)).device.type)
         for number, group, p in stepped:
             self._later.add(number, group, p)
-        self._groups = _settings(optimizer)
+        self._groups = [settings(group) for group in optimizer.param_groups]
         self._snapshot = Snapshot(optimizer, list(factors))
         self._versions: list[int] | None = None
 
     def taken(self) -> None:
         self._versions = [p._version for p in self.factors]
-        if not all(_same(before, now) for before, now in zip(self._groups, _settings(self.optimizer))):
+        if not all(_same(before, now) for before, now in zip(self._groups, map(settings, self.optimizer.param_groups))):
             raise RuntimeError(f'schedule="delayed" with correction=half does not go with {type(self.optimizer).__name__}, which changes settings in its own step')
 
     def put_back(self) -> None:
@@ -299,10 +299,6 @@ class Estimate:
 
     def take(self, real: dict[Tensor, Tensor]) -> None:
         self._later.take({p: real[p] if factor is None else real[p] * factor.to(real[p].dtype) for p, factor in self.factors.items()})
-
-
-def _settings(optimizer: Optimizer) -> list[dict]:
-    return [{key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
 def _same(before: dict, now: dict) -> bool:

@@ -7,18 +7,16 @@ handed in. What the order knows and was not handed in is left out when the round
 order, whatever each of them computes when, as long as they hand in the same exchanges and close in the same places.
 """
 
-import atexit
 import queue
 import threading
 import time
-import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 
 from ..collectives.phases import Pending
-from ..collectives.run import Clock, Exchange, Stream
+from ..collectives.run import Clock, Exchange, Stream, stop_at_exit
 
 Launch = tuple[int, int]  # the number of an exchange, and which of its phases
 CREDIT = 2  # launches under way: one travels, the next is ready to
@@ -94,7 +92,7 @@ class Launcher:
     def __init__(self, device: torch.device):
         self.stream, self.clock = Stream(device), Clock()
         self._work = _Work(self.clock)
-        atexit.register(_stop, weakref.ref(self._work))  # which lives until its threads have ended
+        stop_at_exit(self._work)  # which lives until its threads have ended
 
     @property
     def round(self) -> Round:
@@ -220,7 +218,7 @@ class _Work:
             job.over, job.under_way = True, False
             self.changed.notify_all()
 
-    def stop(self, seconds: float) -> None:
+    def stop(self, seconds: float = 10.0) -> None:
         """Ends the threads when what was handed in is over, which other ranks may wait for. Returns then, or after so many
         seconds: a thread that waits for a peer that will never answer is left to the end of the process."""
         with self.changed:
@@ -232,8 +230,3 @@ class _Work:
             if thread is not threading.current_thread():
                 thread.join(timeout=max(0.0, until - time.monotonic()))
         self._threads.clear()
-
-
-def _stop(work: weakref.ref) -> None:
-    if (held := work()) is not None:
-        held.stop(seconds=10.0)

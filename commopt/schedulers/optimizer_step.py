@@ -30,6 +30,11 @@ def is_per_parameter(optimizer: Optimizer) -> bool:
     return steps and not optimizer.defaults.get("differentiable")
 
 
+def settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Those of a parameter group as they are now: schedulers change them in place."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
+
+
 class Later:
     """The step that an optimizer was asked for, of some parameters: to be taken with the settings and the autocast that were
     in force then, which may be others where the gradients come."""
@@ -40,8 +45,8 @@ class Later:
         self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     def add(self, number: int, group: dict[str, Any], p: Tensor) -> None:
-        if number not in self._groups:  # schedulers change settings in place
-            self._groups[number] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()} | {"params": []}
+        if number not in self._groups:
+            self._groups[number] = settings(group) | {"params": []}
         self._groups[number]["params"].append(p)
 
     def take(self, gradients: dict[Tensor, Tensor]) -> None:
