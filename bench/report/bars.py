@@ -8,7 +8,7 @@ from .figure import WIDTH, across, clear, figure
 from .markup import Child, Markup, tag
 from .scale import DIGIT, Axis, axis
 
-ROW, LINE, THICK = 32.0, 14.0, 11.0
+ROW, LINE, THICK = 34.0, 14.0, 11.0
 NAME = 7.3  # pixels of a character of a name, which has a fixed width
 LEFT = 8.0
 
@@ -42,7 +42,7 @@ def bars(rows: list[Bar], *, title: str, x: str, level: float | None = None, mar
 
 
 def _bar(row: Bar, names: list[str], along: Axis, y: float) -> Markup:
-    top = y + LINE * len(names) - 2
+    top = y + LINE * len(names) - 1
     middle, zero = top + THICK / 2, along(0.0)
     end = along(row.value) if math.isfinite(row.value) else zero
     reach = max([end, zero, *(along(v) for v in (row.floor, row.predicted, *row.whisker) if v is not None)])

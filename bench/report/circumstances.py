@@ -15,6 +15,7 @@ TITLES: dict[str, tuple[str, Callable[[Any], str]]] = {  # where the key of `wha
     "bucket_mb": ("bucket cap", lambda size: f"{size:g} MiB"),
     "latency": ("latency found", lambda seconds: f"{number(1e3 * seconds)} ms"),
     "rate": ("rate found", lambda rate: f"{number(8e-6 * rate)} Mbit/s for a rank"),
+    "accumulate": ("passes a step", str),
     "lr": ("learning rate", lambda rate: f"{rate:g}"),
 }
 

@@ -1,15 +1,16 @@
 """A chart of lines, or of single points where a series has one: y against x, the band that the seeds span around each."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .colours import Look
 from .figure import WIDTH, across, clear, figure, upwards
 from .markup import Child, Markup, tag
-from .scale import DIGIT, axis, number
+from .scale import DIGIT, Axis, axis, number
 
 HEIGHT, TOP, BOTTOM = 280.0, 26.0, 238.0
-MARKERS = 30  # of a line, at most
+MARKERS = 240  # of a chart, about; a line has at most 30
 
 
 class Point(NamedTuple):
@@ -35,7 +36,7 @@ class Series(NamedTuple):
 
 
 def lines(
-    series: list[Series], *, title: str, x: str, y: str, x_base: int = 10, x_label=None, band: tuple[float, float] | None = None,
+    series: list[Series], *, title: str, x: str, y: str, x_base: int = 10, x_label: Callable[[float], str] | None = None, band: tuple[float, float] | None = None,
     level: float | None = None, from_zero: bool = False, marks: Child = None,
 ) -> Markup:
     """x, y: labels of the axes. band: shaded across, between two values of y; level: a line across. from_zero: y begins at 0
@@ -55,11 +56,12 @@ def lines(
     if level is not None:
         drawing.append(tag("line", x1=left, x2=WIDTH - 22, y1=up(level), y2=up(level), class_="level"))
     drawing += [_seeds(s, along, up) for s in series if not s.dashed]
-    drawing += [_line(s, along, up) for s in series]
+    most = min(30, max(6, MARKERS // len(series)))
+    drawing += [_line(s, along, up, most) for s in series]
     return figure(title, HEIGHT, drawing, marks)
 
 
-def _seeds(series: Series, along, up) -> Markup | None:
+def _seeds(series: Series, along: Axis, up: Axis) -> Markup | None:
     """What the seeds span: an area around a line, a bar through a point."""
     points = [p for p in series.points if p.finite and p.low is not None and p.high is not None]
     if not points:
@@ -71,8 +73,8 @@ def _seeds(series: Series, along, up) -> Markup | None:
     return tag("path", d="M" + "L".join(f"{along(a):.2f},{up(b):.2f}" for a, b in edge) + "z", class_=f"seeds {series.look.classes}")
 
 
-def _line(series: Series, along, up) -> Markup:
-    """A line that is interrupted where there is no number; markers on some of its points, always on the last one."""
+def _line(series: Series, along: Axis, up: Axis, most: int) -> Markup:
+    """A line that is interrupted where there is no number; markers on so many of its points at most, always on the last one."""
     path, pen = "", "M"
     for p in series.points:
         if p.finite:
@@ -82,7 +84,7 @@ def _line(series: Series, along, up) -> Markup:
     if series.dashed:
         return tag("g", name, tag("path", d=path, class_="dashed"), class_=f"series {series.look.classes}")
     finite = [p for p in series.points if p.finite]
-    every = max(1, math.ceil(len(finite) / MARKERS))
+    every = max(1, math.ceil(len(finite) / most))
     markers = [tag("path", tag("title", p.about or f"{series.name}: {number(p.x)}, {number(p.y)}"), d=series.look.marker,
                    transform=f"translate({along(p.x):.2f},{up(p.y):.2f})", class_="marker") for p in finite[::-1][::every]]
     rings = [tag("circle", cx=along(p.x), cy=up(p.y), r=8.0, class_="ring") for p in finite] if series.ringed else None

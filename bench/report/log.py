@@ -27,7 +27,9 @@ def _run(written: list[dict], colours: Colours) -> Child:
     unit, name = unit_of([step["wire"] for step in steps])
     specs = list(dict.fromkeys(step["spec"] for step in steps))
     last = steps[-1]
-    said = f"Step {written[0]['step']:,} to {last['step']:,} with {', then '.join(specs)}"
+    between = [f"{len(specs) - 2} others"] if len(specs) > 3 else specs[1:-1]  # during a warm-up there are many
+    span = " to ".join(dict.fromkeys(f"{line['step']:,}" for line in (written[0], last)))
+    said = f"Step {span} with {', then '.join([specs[0], *between, *specs[1:][-1:]])}"
     if last["wire"] > 0:
         said += f"; at the end {last['raw'] / last['wire']:.1f} times fewer bytes than the gradients have, and computation waits {last['exposed_ms']:.2f} ms a step"
     named = lambda names: legend([(name, colours.of(name)) for name in names])

@@ -36,7 +36,7 @@ def page(paths: list[str]) -> str:
     found, colours = [read(path, list(KINDS)) for path in paths], Colours()
     sections = [_section(i, one, colours) for i, one in enumerate(found, 1)]
     title = "commopt report"
-    names = ", ".join(_title(one) for one in found)
+    names = ", ".join(dict.fromkeys(_title(one) for one in found))
     contents = tag("nav", tag("ul", [tag("li", tag("a", f"{_title(one)}: {one.name}", href=f"#s{i}")) for i, one in enumerate(found, 1)]), aria_label="Contents")
     head = tag("head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
                tag("meta", name="color-scheme", content="light dark"), tag("title", f"{title}: {names}"), tag("style", Markup(style())))

@@ -31,11 +31,12 @@ def name(row: dict) -> str:
 
 
 def verdict(rows: list[dict]) -> str:
-    """The fastest, beside plain DDP and a step without communication."""
+    """The fastest of those that are compared with plain DDP and with a step without communication."""
     p50 = {name(row): row["p50_ms"] for row in rows}
     best = min((row for row in rows if row["spec"] not in (NO_SYNC, "plain")), key=lambda row: row["p50_ms"], default=None)
-    said = [f"{text} {milliseconds(p50[key])}" for key, text in (("plain", "plain DDP takes"), (NO_SYNC, "no communication")) if key in p50]
-    return (f"Fastest: {name(best)}, {milliseconds(best['p50_ms'])}; " if best else "") + ", ".join(said) + "."
+    said = [f"{text} {milliseconds(p50[key])}" for key, text in (("plain", "Plain DDP takes"), (NO_SYNC, "without communication a step takes")) if key in p50]
+    said += [f"the fastest of the others is {name(best)}, {milliseconds(best['p50_ms'])}"] if best else []
+    return "; ".join(said) + "."
 
 
 def times(rows: list[dict], colours: Colours) -> Child:
