@@ -196,6 +196,17 @@ def test_bandwidth_by_size_is_logarithmic_and_beside_its_floor(tmp_path):
     assert [y(b) / x(a) for a, b in path] == pytest.approx([8e-6] * len(path), rel=0.05)  # ms per byte, at 125 MB/s
 
 
+def test_of_a_spec_by_two_collectives_both_lines_have_its_colour(tmp_path):
+    result = cases.bandwidth(("int8",))
+    result["rows"] += [row | {"collective": "integer_sum", "time_us": 2 * row["time_us"]} for row in result["rows"]]
+    svg = chart(shown(tmp_path, "bandwidth", result), "Time of an exchange")
+    one, other = ([g for g in classed(svg, "series") if g.find("title").text == name][0] for name in ("int8 sum", "int8 integer_sum"))
+    assert colour(one) == colour(other) and one.get("class") != other.get("class")
+    assert classed(one, "marker")[0].get("d") != classed(other, "marker")[0].get("d")
+    ratio = [b / a for (_, a), (_, b) in zip(points(svg, "int8 sum"), points(svg, "int8 integer_sum"), strict=True)]
+    assert ratio == pytest.approx([2.0] * 10, rel=0.05)
+
+
 def test_rivals_shows_loss_against_added_time_and_the_best(tmp_path):
     losses = cases.accuracy()
     result = cases.rivals.judged({"what": cases.STEPS_WHAT, "rows": cases.added()}, losses, 0.07)
@@ -265,7 +276,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     root = parsed(html)
     assert not re.search(r"https?:|//[a-z]|url\(|@import|src=", html), "a reference"
     assert {e.tag for e in root.iter()} <= {"html", "head", "meta", "title", "style", "body", "main", "header", "nav", "ul", "li", "a", "section", "h1", "h2", "h3", "h4", "small", "p", "code", "dl", "div",
-                                            "dt", "dd", "span", "figure", "figcaption", "svg", "g", "path", "rect", "line", "circle", "text", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
+                                            "dt", "dd", "span", "figure", "figcaption", "svg", "g", "path", "rect", "line", "circle", "text", "table", "thead", "tbody", "tr", "th", "td", "wbr", "details", "summary", "pre"}
     assert all(a.get("href").startswith("#") for a in root.iter("a"))
     assert "prefers-color-scheme:dark" in html and len(html) < 2_000_000
 

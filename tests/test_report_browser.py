@@ -79,7 +79,7 @@ def browse(folder: pathlib.Path, url: str, *options: str, scheme: str) -> tuple[
     """What a fresh browser printed on stdout and on stderr."""
     quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--hide-scrollbars", "--enable-logging=stderr", f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}", f"--user-data-dir={folder / 'profile'}")
-    done = subprocess.run([BROWSER, *quiet, *options, url], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([BROWSER, *quiet, *options, url], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 

@@ -1,9 +1,10 @@
 """Of `bench bandwidth`: time and bandwidths of an exchange by its size, or what communication adds to a step."""
 
+from collections import Counter
 from typing import Any
 
 from .bars import Bar, bars
-from .colours import Colours, Look
+from .colours import Colours, Look, varied
 from .legend import legend, mark
 from .lines import Point, Series, lines
 from .markup import Child, tag
@@ -13,8 +14,9 @@ from .units import binary, fixed, milliseconds
 RATES = (("effbw_gbps", "Effective bandwidth"), ("busbw_gbps", "Bus bandwidth"), ("algbw_gbps", "Algorithm bandwidth"))
 KNOWN = {  # key of a row -> title of its column, and decimals; None for text
     "spec": ("spec", None), "collective": ("collective", None), "dtype": ("dtype", None), "redop": ("redop", None), "size_bytes": ("size", binary),
-    "count": ("count", 0), "time_us": ("time, µs", 1), "floor_us": ("floor, µs", 1), "algbw_gbps": ("algbw, GB/s", 3), "busbw_gbps": ("busbw, GB/s", 3),
+    "count": ("count", 0), "time_us": ("time, µs", 1), "min_us": ("least, µs", 1), "floor_us": ("floor, µs", 1), "algbw_gbps": ("algbw, GB/s", 3), "busbw_gbps": ("busbw, GB/s", 3),
     "effbw_gbps": ("effbw, GB/s", 3), "encode_us": ("encode, µs", 1), "comm_us": ("comm, µs", 1), "decode_us": ("decode, µs", 1), "wrong": ("wrong", 0),
+    "wire_bytes": ("sent, bytes", 0), "counted_bytes": ("counted, bytes", 0),
 }
 
 
@@ -29,8 +31,10 @@ def by_size(rows: list[dict], colours: Colours) -> Child:
     groups: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["size_bytes"]):
         groups.setdefault(" ".join(str(row.get(key)) for key in told_by), []).append(row)
-    groups = dict(sorted(groups.items(), key=lambda item: rows.index(item[1][0]) if item[1][0] in rows else 0))
-    looks = {name: colours.of(of[0]["spec"]) if len(told_by) == 1 else colours.of(name) for name, of in groups.items()}
+    looks, seen = {}, Counter()
+    for name, of in groups.items():
+        looks[name] = varied(colours.of(of[0]["spec"]), seen[of[0]["spec"]])
+        seen[of[0]["spec"]] += 1
     rates = [(key, title) for key, title in RATES if any(row.get(key) is not None for row in rows)]
     if len({row["size_bytes"] for row in rows}) == 1:
         charts = [_bars_of(groups, looks, key, title) for key, title in (("time_us", "Time of an exchange"), *rates)]

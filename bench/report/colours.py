@@ -27,6 +27,12 @@ class Look(NamedTuple):
     marker: str
 
 
+def varied(look: Look, number: int) -> Look:
+    """The look of the number-th of several that belong to one name: its colour, but for the first another dash and marker."""
+    colour, dash = look.classes.split()
+    return Look(f"{colour} d{(int(dash[1:]) + number) % DASHES}", MARKERS[(MARKERS.index(look.marker) + number) % len(MARKERS)])
+
+
 class Colours:
     """Hands out looks in the order in which names are first asked for."""
 

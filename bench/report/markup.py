@@ -19,8 +19,8 @@ def tag(name: str, /, *children: Child, **attributes: object) -> Markup:
     """tag("text", "a < b", x=3, class_="tick") -> <text x="3" class="tick">a &lt; b</text>. Of a name's trailing underscore and
     of attributes that are None nothing is left; other underscores are hyphens."""
     written = "".join(f' {key.rstrip("_").replace("_", "-")}="{_escaped(_number(value))}"' for key, value in attributes.items() if value is not None)
-    if name == "meta":  # the one element here that has no end in HTML
-        return Markup(f"<meta{written}/>")
+    if name in ("meta", "wbr"):  # have no end in HTML
+        return Markup(f"<{name}{written}/>")
     return Markup(f"<{name}{written}>{join(children)}</{name}>")
 
 

@@ -75,7 +75,7 @@ table{border-collapse:collapse;font-size:13px;width:100%;font-variant-numeric:ta
 th,td{padding:6px 9px;text-align:left;white-space:nowrap;border-top:1px solid var(--rule)}
 thead th{border-top:0;color:var(--soft);font-weight:600;background:var(--card)}
 th.number,td.number{text-align:right}
-th[scope=row]{font-weight:400;font-size:12px;white-space:normal;overflow-wrap:anywhere;min-width:17ch}
+th[scope=row]{font-weight:400;font-size:12px;white-space:normal}
 details{color:var(--soft);font-size:13px}
 summary{cursor:pointer}
 pre{white-space:pre-wrap;font-size:12px;line-height:1.45;overflow-wrap:anywhere}
