@@ -118,6 +118,17 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_line_and_told_in_the_table
     assert rows_of(root)["int8"][0] == "inf" and "nan" not in "".join(e.get("d", "") + e.get("transform", "") for e in root.iter())
 
 
+def test_training_that_diverged_throughout_is_shown(tmp_path):
+    result = cases.accuracy(cases.SPECS[:3], 2)
+    for runs in result["runs"].values():
+        for run_ in runs:
+            run_["curve"] = [point | {"loss": math.nan} for point in run_["curve"]]
+    for bench, of in (("accuracy", result), ("rivals", cases.rivals.judged({"what": cases.STEPS_WHAT, "rows": cases.added(cases.SPECS[:3])}, result, 0.02))):
+        root = shown(tmp_path, bench, of)
+        assert not [e.attrib for e in root.iter() if e.tag in ("path", "rect", "line", "circle") and "nan" in str(e.attrib)]
+        assert rows_of(root)["int8"][0] in ("nan", "+nan")
+
+
 def test_step_shows_times_and_lanes_at_one_scale(tmp_path):
     result = cases.steps()
     root, rows = shown(tmp_path, "step", result), result["rows"]
@@ -397,6 +408,7 @@ def test_the_default_page_and_another(tmp_path, monkeypatch, capsys):
     ('{"bench": "step", "what": {"world": 2}, "rows": []}', ["has no rows", "bench step --json"]),
     ('{"bench": "accuracy", "runs": {"plain": []}}', ["has no what"]),
     ('{"bench": "kernels", "what": {"commopt": "9"}, "rows": [{"spec": "int8"}]}', ["'what'", "commopt 9", "measure again"]),
+    ('{"bench": "accuracy", "what": {"commopt": "9"}, "runs": {"plain": []}}', ["commopt 9", "measure again"]),
     ('{"bench": "step", "what": {"commopt": "9"}, "rows": [3]}', ["commopt 9", "measure again"]),
     ('{"log": {}}\n', ["log without a step", "50"]),
     ('{"log": {}}\n{"step": 3}\n{"step": 4}\n', ["line 2", "something else"]),

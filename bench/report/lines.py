@@ -50,7 +50,7 @@ def lines(
     left = 10 + clear([text for _, text in up.ticks], DIGIT)
     along = axis([p.x for p in points], left, WIDTH - 22, label=x_label, base=x_base)
     drawing: list[Child] = [across(along, TOP + 6, BOTTOM, x), upwards(up, left, WIDTH - 22, y)]
-    if band is not None:
+    if band is not None and all(map(math.isfinite, band)):
         high, low = up(band[1]), up(band[0])
         drawing.append(tag("rect", x=left, y=high, width=WIDTH - 22 - left, height=max(low - high, 1.0), class_="band"))
     if level is not None:

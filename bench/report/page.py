@@ -52,7 +52,7 @@ def _section(number: int, one: Found, colours: Colours) -> Markup:
     body, meaning = KINDS[one.kind]
     try:
         shown = body(one.result, colours)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:  # written by another version, or by hand
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # written by another version, or by hand
         written = (one.result["what"] if isinstance(one.result["what"], dict) else {}).get("commopt", "an unknown version")
         raise ValueError(f"{one.name} does not have what a report of {_title(one)} needs ({type(error).__name__}: {error}); it was written by "
                          f"commopt {written}, this is {commopt.__version__}: measure again, or make the report with that version") from error

@@ -32,7 +32,7 @@ def against_time(result: dict[str, Any], colours: Colours) -> Child:
         about = f"{row['spec']}: {row['above_plain']:+.4f} nats, {row['added_ms']:,.1f} ms"
         series.append(Series(row["spec"], colours.of(row["spec"]), [Point(row["added_ms"], row["above_plain"], low, high, about)],
                              ringed=row["spec"] in (best["ours"], best["theirs"])))
-    lowest = min(p.low for s in series for p in s.points)
+    lowest = min((p.low for s in series for p in s.points if p.finite), default=0.0)
     marks = [mark("band", f"within {best['band']:g} nats of plain DDP"), mark("ring", "the best there of ours, and of theirs"), mark("seeds", "span of the seeds")]
     return lines(series, title="Loss against time", x="ms that communication adds to a step", y="loss above plain DDP's, nats per byte",
                  band=(min(lowest, 0.0), best["band"]), marks=marks)
