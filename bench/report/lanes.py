@@ -19,7 +19,7 @@ def lanes(name: str, look: Look, events: list[timeline.Event], length: float, lo
     top = 10 + LINE * len(names)
     x, rows = axis([longest], LEFT, RIGHT, zero=True), [lane for lane in timeline.LANES if any(e[0] == lane for e in events)]
     bottom = top + LANE * len(rows)
-    drawing = [across(x, top, bottom, "ms from the beginning of a backward to that of the next"),
+    drawing = [across(x, top, bottom, "ms, from one step's backward to the next's"),
                [tag("text", text, x=8, y=4 + LINE * (i + 1), class_="name") for i, text in enumerate(names)]]
     for i, lane in enumerate(rows):
         y, ranges = top + LANE * i + (LANE - THICK) / 2, [(start, stop) for kind, start, stop in events if kind == lane]
@@ -31,5 +31,5 @@ def lanes(name: str, look: Look, events: list[timeline.Event], length: float, lo
         drawing.append(tag("text", fixed(busy, 1) + " ms", x=WIDTH - 4, y=y + THICK - 1.5, class_="value", text_anchor="end"))
     drawing.append(tag("line", x1=x(length), x2=x(length), y1=top, y2=bottom, class_="zero"))
     drawing.append(tag("line", x1=x(0.0), x2=x(0.0), y1=top, y2=bottom, class_="zero"))
-    about = f"{name}: {fixed(length, 1)} ms from one backward to the next"
+    about = f"{name}: {fixed(length, 1)} ms from one step's backward to the next's"
     return tag("figure", tag("svg", drawing, viewBox=f"0 0 {WIDTH:g} {bottom + 44:g}", role="img", aria_label=about, class_=f"lanes {look.classes}"))
