@@ -99,7 +99,7 @@ class Candidate:
     def exchange(self, x: torch.Tensor) -> None:
         self.plan.step += 1
         future = self.traffic.exchange(self.prepared, x, self.residual)
-        self.traffic.close_batch()
+        self.traffic.close()
         future.wait()
         self.traffic.alarm.raise_if_any(0)
 

@@ -21,20 +21,20 @@ ASCII, BLOCKS = " .+#", " ░▒█"  # a cell that is idle, busy for up to a th
 _BETWEEN = 8  # columns from one number of the axis to the next, at least
 
 
-def record(run: Callable[[], object]) -> tuple[list[Event], float]:
-    """Calls run, which makes several steps. The events of a step and its length, see `period`."""
+def record(run: Callable[[], object], passes: int) -> tuple[list[Event], float]:
+    """Calls run, which makes several steps of so many backward passes. The events of a step and its length, see `period`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else kineto tells stderr when it begins and when it ends
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=everywhere) as profiler:
         run()
     ranges = [(_lane(e.name), e.time_range.start / 1e3, e.time_range.end / 1e3) for e in profiler.events()]
-    return period([r for r in ranges if r[0] in LANES])
+    return period([r for r in ranges if r[0] in LANES], passes)
 
 
-def period(events: list[Event]) -> tuple[list[Event], float]:
-    """What of the events lies between the starts of the last two backwards, counted from the first of these, and the time
-    between them."""
-    begin, end = sorted(start for lane, start, _ in events if lane == "backward")[-2:]
+def period(events: list[Event], passes: int) -> tuple[list[Event], float]:
+    """What of the events lies between the starts of the first backwards of the last two steps, counted from the first of these,
+    and the time between them."""
+    begin, end = sorted(start for lane, start, _ in events if lane == "backward")[-2 * passes :: passes]
     cut = [(lane, max(start, begin) - begin, min(stop, end) - begin) for lane, start, stop in events if start < end and stop > begin]
     return sorted(cut, key=lambda e: (LANES.index(e[0]), e[1:])), end - begin
 
