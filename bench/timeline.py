@@ -49,7 +49,7 @@ def chart(events: list[Event], length: float, column: float, marks: str) -> list
     columns = max(1, math.ceil(length / column - 1e-9))
     lines = [f"{'ms':<11}{_axis(length, column)}"]
     for lane in LANES:
-        if busy := _union([(start, stop) for name, start, stop in events if name == lane]):
+        if busy := union([(start, stop) for name, start, stop in events if name == lane]):
             cells = "".join(marks[math.ceil(3 * _overlap(busy, i * column, (i + 1) * column) / column - 1e-6)] for i in range(columns))
             lines.append(f"{lane:<10}|{cells}|{sum(stop - start for start, stop in busy):8.1f}")
     return lines
@@ -65,7 +65,7 @@ def _axis(length: float, column: float) -> str:
     return text
 
 
-def _union(ranges: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def union(ranges: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The same times in ranges that do not overlap, in order."""
     merged: list[tuple[float, float]] = []
     for start, stop in sorted(ranges):

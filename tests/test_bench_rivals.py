@@ -73,6 +73,10 @@ def test_it_trains_and_times_every_candidate(tmp_path, capfd):
     assert all(len(row["times_ms"]) == 2 and abs(row["above_plain"]) < 0.5 for row in result["rows"])
     assert capfd.readouterr().out.splitlines()[-1].startswith("within 0.02 nats of plain DDP: of ours ")
 
+    assert main(["report", file, "-o", "-"]) == 0
+    page = capfd.readouterr().out
+    assert all(f"<title>{spec}: {row['above_plain']:+.4f} nats, {row['added_ms']:,.1f} ms</title>" in page for spec, row in zip(specs, result["rows"]))
+
     assert main(["bench", "rivals", *TINY, "--band", "9", "--losses", file]) == 0
     said = capfd.readouterr()
     assert "step 4/4" not in said.err and "no" not in [line.split()[2] for line in said.out.splitlines()[1:6]]

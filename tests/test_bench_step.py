@@ -269,6 +269,9 @@ def test_it_measures_every_candidate(tmp_path, capfd):
         assert schedule != "decoupled" or r["predicted_ms"] > 0
     assert said.out.splitlines()[0].split()[:3] == ["spec", "schedule", "p50"] and "none pipelined: " in said.out and "\noptimizer |" in said.out
     assert "round 2/2: int8 pipelined" in said.err
+    assert main(["report", str(tmp_path / "step.json"), "-o", "-"]) == 0
+    page = capfd.readouterr().out
+    assert all(f'aria-label="{r["spec"]} {r["schedule"]}: {r["period_ms"]:.1f} ms' in page for r in rows.values() if r["schedule"])
 
 
 def test_steps_of_several_passes(tmp_path):

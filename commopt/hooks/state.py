@@ -395,7 +395,7 @@ class State:
         }
 
     def log_to(self, sink: Callable[[dict, int], None], every: int = 50) -> None:
-        """Calls sink(stats, step) after every `every`-th step."""
+        """Calls sink(stats, step) after every `every`-th step, on every rank. `commopt.jsonl(file)` is a sink."""
         self._sinks.append((sink, every))
 
     def state_dict(self) -> dict[str, Any]:
