@@ -32,7 +32,7 @@ from .steps import cell, link_of
 __doc__ += tasks.__doc__
 
 OURS = ("int8", "int4", "mxfp4", "topk:ratio=0.3,values=int4,warmup=0", "topk:ratio=0.01", "powersgd:rank=16,values=int8")
-RECOMMENDED = ("plain", "torch:fp16", "torch:bf16", "torch:powersgd1", "torch:powersgd4", "torch:powersgd16", *OURS)
+RECOMMENDED = ("plain", "torch:fp16", "torch:powersgd1", "torch:powersgd4", "torch:powersgd16", *OURS)
 TARGET = 0.75  # of the first spec's steps
 EVALUATIONS = 8
 
