@@ -8,7 +8,7 @@
     loss        of what was held out, mean over the seeds
     above       loss - loss of the first spec
     band        from the least to the greatest loss of the first spec's seeds. in it: whether loss is at most the greatest
-    spread      greatest - least of the spec's own seeds
+    spread      greatest - least of the spec's own seeds; as for the band, of those whose loss is finite
     lr          highest learning rate: --lr, or the task's; with --tune, of half of it, itself and twice as much, the one with the
                 least loss after half of the steps from a seed that is not judged: for every spec, the first too
     sent        MB that a rank hands to the network in a step, by the candidate's own account
@@ -18,6 +18,7 @@
 """
 
 import argparse
+import math
 import statistics
 from typing import Any
 
@@ -83,31 +84,44 @@ def _specs(text: str) -> list[str]:
 
 
 def judged(result: dict) -> list[dict[str, Any]]:
-    """A row for each spec of one task's result, as the module's docstring defines them."""
+    """A row for each spec of one task's result, as the module's docstring defines them, with the curve of its seeds together."""
     rows: list[dict[str, Any]] = []
     for spec, runs in result["runs"].items():
-        losses = [run["curve"][-1]["loss"] for run in runs]
-        curve = [{key: statistics.mean(run["curve"][i][key] for run in runs) for key in ("step", "loss", "seconds", "bytes")} for i in range(len(runs[0]["curve"]))]
-        mean = lambda key: statistics.mean(run[key] for run in runs)
-        rows.append({"spec": spec, "lr": runs[0]["lr"], "loss": statistics.mean(losses), "least": min(losses), "greatest": max(losses), "curve": curve,
-                     "sent": mean("bytes_per_step"), "seconds_per_step": mean("seconds_per_step")})
+        curve = [_of_seeds(points) for points in zip(*(run["curve"] for run in runs), strict=True)]
+        end, mean = curve[-1], lambda key: statistics.mean(run[key] for run in runs)
+        rows.append({"spec": spec, "lr": runs[0]["lr"], "loss": end["loss"], "least": end["least"], "greatest": end["greatest"],
+                     "spread": end["greatest"] - end["least"], "curve": curve, "sent": mean("bytes_per_step"), "seconds_per_step": mean("seconds_per_step")})
     first = rows[0]
-    target = _at(first["curve"], "step", TARGET * first["curve"][-1]["step"], "loss")
+    target = _loss_at(first["curve"], TARGET * first["curve"][-1]["step"])
     for row in rows:
-        reached = {key: _at(row["curve"], "loss", target, key) for key in ("bytes", "seconds")}
         row |= {"above": row["loss"] - first["loss"], "in_band": row["loss"] <= first["greatest"], "target": target,
-                "bytes_to_target": reached["bytes"], "seconds_to_target": reached["seconds"]}
+                "bytes_to_target": _reached(row["curve"], target, "bytes"), "seconds_to_target": _reached(row["curve"], target, "seconds")}
     return rows
 
 
-def _at(curve: list[dict[str, float]], along: str, value: float, key: str) -> float | None:
-    """The key where `along` first reaches the value, from either side, linear between the points; None if it does not."""
+def _of_seeds(points: tuple[dict[str, float], ...]) -> dict[str, float]:
+    """One evaluation: means over the seeds, a NaN where a seed's loss is one, and the least and the greatest loss that is finite."""
+    finite = [loss for point in points if math.isfinite(loss := point["loss"])] or [math.nan]
+    return {key: statistics.mean(point[key] for point in points) for key in ("step", "loss", "seconds", "bytes")} | {"least": min(finite), "greatest": max(finite)}
+
+
+def _loss_at(curve: list[dict[str, float]], step: float) -> float:
+    """Linear between evaluations; that of the first one before it."""
     for before, after in zip(curve, curve[1:]):
-        low, high = sorted((before[along], after[along]))
-        if low <= value <= high and high > low:
-            share = (value - before[along]) / (after[along] - before[along])
-            return before[key] + share * (after[key] - before[key])
-    return curve[0][key] if along == "loss" and curve[0]["loss"] <= value else None
+        if before["step"] <= step <= after["step"]:
+            return before["loss"] + (step - before["step"]) / (after["step"] - before["step"]) * (after["loss"] - before["loss"])
+    return curve[0]["loss"]
+
+
+def _reached(curve: list[dict[str, float]], target: float, key: str) -> float | None:
+    """The key where the loss is first at most the target: linear between evaluations, of which the one before must be finite;
+    None if it never is."""
+    for before, after in zip([None, *curve], curve):
+        if after["loss"] <= target:
+            if before is None or not math.isfinite(before["loss"]):
+                return after[key]
+            return before[key] + (before["loss"] - target) / (before["loss"] - after["loss"]) * (after[key] - before[key])
+    return None
 
 
 def table(result: dict) -> str:
@@ -117,10 +131,10 @@ def table(result: dict) -> str:
     lines = [f"{what['task']:{width}}{'lr':>8}{'loss':>9}{'above':>9}{'in band':>9}{'spread':>8}{'sent MB':>9}{'MB to target':>14}{'s to target':>13}{'ms/step':>9}"]
     for row in rows:
         lines.append(f"{row['spec']:{width}}{row['lr']:>8g}{row['loss']:>9.4f}{row['above']:>+9.4f}{'yes' if row['in_band'] else 'no':>9}"
-                     f"{row['greatest'] - row['least']:>8.4f}{row['sent'] / 1e6:>9.3f}" + cell(row["bytes_to_target"] and row["bytes_to_target"] / 1e6, 14, 1)
+                     f"{row['spread']:>8.4f}{row['sent'] / 1e6:>9.3f}" + cell(row["bytes_to_target"] and row["bytes_to_target"] / 1e6, 14, 1)
                      + cell(row["seconds_to_target"], 13, 1) + f"{1e3 * row['seconds_per_step']:>9.1f}")
     first = rows[0]
-    lines.append(f"band {first['least']:.4f} to {first['greatest']:.4f}, target {first['target']:.4f}; {what['parameters'] / 1e6:.2f}M parameters, {what['world']} ranks, "
+    lines.append(f"loss in {tasks.TASKS[what['task']].unit}: band {first['least']:.4f} to {first['greatest']:.4f}, target {first['target']:.4f}; {what['parameters'] / 1e6:.2f}M parameters, {what['world']} ranks, "
                  f"{what['steps']} steps of {what['batch']} per rank in {what['accumulate']} pass(es), {what['seeds']} seed(s), learning rate {what['tuned']}, "
                  f"schedule {what['schedule']}, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}")
     return "\n".join(lines)

@@ -23,16 +23,18 @@ from torch import nn
 
 from . import clicks, images, text, works
 
+_PER_BYTE, _CROSS_ENTROPY = "nats per byte", "nats (cross-entropy)"
 _TEXTS, _IMAGES, _CLICKS = 256, 1024, 16384  # held out, the same for all
 
 
 class Task(NamedTuple):
-    """optimizer(parameters, lr). lr: a good one of plain DDP. held_out(): a batch that training never sees."""
+    """optimizer(parameters, lr). lr: a good one of plain DDP. held_out(): a batch that training never sees. unit: of the loss."""
 
     optimizer: Callable[[Any, float], torch.optim.Optimizer]
     lr: float
     steps: int
     held_out: Callable[[], Any]
+    unit: str
 
 
 def _text() -> torch.Tensor:
@@ -43,10 +45,10 @@ _adamw = torch.optim.AdamW
 _nesterov = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 TASKS = {
-    "gpt": Task(_adamw, 1e-3, 400, _text),
-    "lstm": Task(_adamw, 4e-3, 300, _text),
-    "resnet": Task(_nesterov, 0.05, 200, lambda: images.batch(_IMAGES, torch.Generator().manual_seed(1 << 40))),
-    "recommender": Task(_adamw, 1e-2, 600, lambda: clicks.batch(_CLICKS, torch.Generator().manual_seed(1 << 40))),
+    "gpt": Task(_adamw, 1e-3, 400, _text, _PER_BYTE),
+    "lstm": Task(_adamw, 4e-3, 300, _text, _PER_BYTE),
+    "resnet": Task(_nesterov, 0.05, 200, lambda: images.batch(_IMAGES, torch.Generator().manual_seed(1 << 40)), _CROSS_ENTROPY),
+    "recommender": Task(_adamw, 1e-2, 600, lambda: clicks.batch(_CLICKS, torch.Generator().manual_seed(1 << 40)), _CROSS_ENTROPY),
 }
 
 

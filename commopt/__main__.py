@@ -21,7 +21,7 @@ BENCHES = {
     "collectives": "what an exchange costs by each collective, predicted and measured",
     "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
     "step": "what a training step takes under each schedule, and when its parts are at work",
-    "accuracy": "loss of a byte-level GPT on real text, against bytes and seconds",
+    "accuracy": "loss of four tasks on what they have not seen, against bytes and seconds",
     "rivals": "ours against PyTorch's own hooks: communication of the best that keep the loss",
 }
 JSON_HELP = "write JSON to FILE; - is standard output"

@@ -103,7 +103,28 @@ def test_accuracy_shows_means_against_seconds_and_bytes(tmp_path):
     assert y(top) == pytest.approx(5 / 9 + 2.02, abs=0.01) and y(top + float(band.get("height"))) == pytest.approx(5 / 9 + 2, abs=0.01)
     edge = [tuple(map(float, pair.split(","))) for pair in classed(svg, "seeds")[0].get("d").strip("Mz").split("L")]
     assert y(edge[0][1]) == pytest.approx(4.52, abs=0.01) and y(edge[-1][1]) == pytest.approx(4.5, abs=0.01)  # of the first step, highest and lowest
-    assert rows_of(root)[cases.LONG][:4] == ["2.7156", "+0.1500", "0.0200", "0.000"]
+    [target] = classed(svg, "level")  # what plain has after three quarters: step 6 of 8
+    assert y(float(target.get("y1"))) == pytest.approx(5 / 7 + 2.01, abs=0.01) and "target 2.7243" in text(root)
+    # The target: plain is there at 24 MB and 1.5 s; int8, 0.1 higher, is between its steps 7 (2.735) and 8 (2.6656), at 0.154 of the way.
+    assert rows_of(root)["plain"] == ["0.001", "2.5656", "+0.0000", "yes", "0.0200", "0.080", "24.0", "1.5", "5.0"]
+    assert rows_of(root)["int8"] == ["0.004", "2.6656", "+0.1000", "no", "0.0200", "0.001", "0.3", "5.4", "15.0"]
+    assert rows_of(root)[cases.LONG] == ["0.008", "2.7156", "+0.1500", "no", "0.0200", "0.000", "0.0", "7.9", "20.0"]
+    assert "plain ends at 2.5656 nats per byte, its 3 seeds between 2.5556 and 2.5756; all others end higher." in text(root)
+
+
+def test_each_task_of_accuracy_has_its_own_charts_unit_and_numbers(tmp_path):
+    result = {"results": [cases.learnt(("plain", "none", "int8"), 2, task="recommender", loss=lambda k: 0.7 - 0.02 * k), cases.learnt(("plain", "int8"), 1, task="resnet", loss=cases.steep)]}
+    for spec in ("none", "int8"):  # below the second seed of plain, and a tenth of its bytes or a hundredth
+        for run_ in result["results"][0]["runs"][spec]:
+            run_["curve"][-1]["loss"] = 0.545
+    root = shown(tmp_path, "accuracy", result)
+    assert [text(h) for h in root.iter("h3")] == ["recommender", "resnet"] and len(list(root.iter("figure"))) == 6 and len(list(root.iter("dl"))) == 3
+    assert "plain ends at 0.5450 nats (cross-entropy), its 2 seeds between 0.5400 and 0.5500; not higher: none, int8, of which int8 sends least, 0.0008 MB a step." in text(root)
+    assert "plain ends at 0.1000 nats (cross-entropy); all others end higher." in text(root) and "nats per byte" not in text(next(root.iter("table")))
+    assert rows_of(root, 1)["plain"][1] == "0.1000" and rows_of(root, 0)["int8"][3] == "yes"
+    steep = [f.find("svg") for f in root.iter("figure")][3]
+    for (a, b), k in zip(points(steep, "plain"), range(1, 9), strict=True):
+        assert math.isclose(a, k / 4, rel_tol=0.02) and math.isclose(b, cases.steep(k), rel_tol=0.03), "300 and 0.1 are read from one axis"
 
 
 def rows_of(root: xml.Element, index: int = 0) -> dict[str, list[str]]:
@@ -115,18 +136,18 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_line_and_told_in_the_table
     files = cases.all_files(tmp_path)
     root = parsed(page([next(f for f in files if "one seed" in f)]))
     assert len(points(chart(root, "Loss against time"), "int8")) == 6 and len(points(chart(root, "Loss against time"), "plain")) == 8
-    assert rows_of(root)["int8"][0] == "inf" and "nan" not in "".join(e.get("d", "") + e.get("transform", "") for e in root.iter())
+    assert rows_of(root)["int8"][1:4] == ["inf", "+inf", "no"] and "nan" not in "".join(e.get("d", "") + e.get("transform", "") for e in root.iter())
 
 
 def test_training_that_diverged_throughout_is_shown(tmp_path):
-    result = cases.accuracy(cases.SPECS[:3], 2)
+    result = cases.learnt(cases.SPECS[:3], 2)
     for runs in result["runs"].values():
         for run_ in runs:
             run_["curve"] = [point | {"loss": math.nan} for point in run_["curve"]]
-    for bench, of in (("accuracy", result), ("rivals", cases.rivals.judged({"what": cases.STEPS_WHAT, "rows": cases.added(cases.SPECS[:3])}, result, 0.02))):
+    for bench, of in (("accuracy", {"results": [result]}), ("rivals", cases.rivals.judged({"what": cases.STEPS_WHAT, "rows": cases.added(cases.SPECS[:3])}, result, 0.02))):
         root = shown(tmp_path, bench, of)
         assert not [e.attrib for e in root.iter() if e.tag in ("path", "rect", "line", "circle") and "nan" in str(e.attrib)]
-        assert rows_of(root)["int8"][0] in ("nan", "+nan")
+        assert rows_of(root)["int8"][bench == "accuracy"] in ("nan", "+nan")
 
 
 def test_step_shows_times_and_lanes_at_one_scale(tmp_path):
@@ -219,7 +240,7 @@ def test_of_a_spec_by_two_collectives_both_lines_have_its_colour(tmp_path):
 
 
 def test_rivals_shows_loss_against_added_time_and_the_best(tmp_path):
-    losses = cases.accuracy()
+    losses = cases.learnt()
     result = cases.rivals.judged({"what": cases.STEPS_WHAT, "rows": cases.added()}, losses, 0.07)
     (tmp_path / "r.json").write_text(json.dumps(cases.named("rivals", result)))
     root = parsed(page([str(tmp_path / "r.json")]))
@@ -232,7 +253,7 @@ def test_rivals_shows_loss_against_added_time_and_the_best(tmp_path):
     y, [band] = scale(svg, "y-axis"), classed(svg, "band")
     assert y(float(band.get("y"))) == pytest.approx(0.07, abs=0.002)
     assert "Within 0.07 nats of plain DDP: of ours none is, of theirs torch:fp16 adds 40.0 ms." in text(root)
-    assert rows_of(root)["int8"][:2] == ["+0.1000", "no"] and rows_of(root, 1)["int8"][1] == "+0.1000"
+    assert rows_of(root)["int8"][:2] == ["+0.1000", "no"] and rows_of(root, 1)["int8"][2] == "+0.1000"
 
 
 def test_a_log_is_shown_per_step(tmp_path):
@@ -406,9 +427,12 @@ def test_the_default_page_and_another(tmp_path, monkeypatch, capsys):
     ('{"what": {}, "rows": []}', ["JSON of something else", '"bench": "step"']),
     ('{"bench": "speed"}', ["'speed'", "accuracy, bandwidth"]),
     ('{"bench": "step", "what": {"world": 2}, "rows": []}', ["has no rows", "bench step --json"]),
-    ('{"bench": "accuracy", "runs": {"plain": []}}', ["has no what"]),
+    ('{"bench": "step", "rows": [3]}', ["has no what"]),
+    ('{"bench": "accuracy", "what": {"task": "gpt"}, "runs": {"plain": []}}', ["has no results", "bench accuracy --json"]),
     ('{"bench": "kernels", "what": {"commopt": "9"}, "rows": [{"spec": "int8"}]}', ["'what'", "commopt 9", "measure again"]),
-    ('{"bench": "accuracy", "what": {"commopt": "9"}, "runs": {"plain": []}}', ["commopt 9", "measure again"]),
+    ('{"bench": "accuracy", "results": [{"what": {"task": "gpt", "seeds": 1, "commopt": "9"}, "runs": {"plain": []}}]}', ["commopt 9", "measure again"]),
+    ('{"bench": "accuracy", "results": [{"what": {"task": "chess", "commopt": "9"}, "runs": {}}]}', ["commopt 9", "measure again"]),
+    ('{"bench": "accuracy", "results": {"plain": 3}}', ["an unknown version", "measure again"]),
     ('{"bench": "step", "what": {"commopt": "9"}, "rows": [3]}', ["commopt 9", "measure again"]),
     ('{"log": {}}\n', ["log without a step", "50"]),
     ('{"log": {}}\n{"step": 3}\n{"step": 4}\n', ["line 2", "something else"]),

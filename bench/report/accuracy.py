@@ -1,9 +1,10 @@
-"""Of `bench accuracy`: loss against seconds and against bytes, a line for each spec with the band of its seeds."""
+"""Of `bench accuracy`: loss against seconds and against bytes for each task, a line for each spec with the band of its seeds."""
 
 import math
-import statistics
 from typing import Any
 
+from .. import accuracy, tasks
+from .circumstances import circumstances
 from .colours import Colours
 from .legend import legend, mark
 from .lines import Point, Series, lines
@@ -12,80 +13,64 @@ from .scale import number
 from .table import table
 from .units import fixed, unit_of
 
-LOSS = "held-out loss, nats per byte"
-
 
 def body(result: dict[str, Any], colours: Colours) -> Child:
-    runs = result["runs"]
-    return [tag("p", verdict(runs), class_="verdict"), legend([(spec, colours.of(spec)) for spec in runs]), charts(runs, colours), numbers(runs)]
+    return [_task(one, colours) for one in result["results"]]
 
 
-def verdict(runs: dict[str, list[dict]]) -> str:
-    """Of those that end nearest to the first or below it, which one sends least."""
-    first, *others = runs
-    low, high = ends(runs[first])
-    within = [spec for spec in others if low <= mean_end(runs[spec]) <= high]
-    text = f"{first} ends at {mean_end(runs[first]):.4f} nats per byte"
-    if len(runs[first]) > 1:
-        text += f", its {len(runs[first])} seeds between {low:.4f} and {high:.4f}"
-        text += f"; within that: {', '.join(within) if within else 'no other'}" if others else ""
-    return text + "."
+def _task(result: dict[str, Any], colours: Colours) -> Child:
+    rows, unit, seeds = accuracy.judged(result), unit_of_loss(result), result["what"]["seeds"]
+    return [
+        tag("h3", result["what"]["task"]), circumstances(result), tag("p", verdict(rows, unit, seeds), class_="verdict"),
+        legend([(row["spec"], colours.of(row["spec"])) for row in rows]), charts(rows, unit, seeds, colours), numbers(rows, unit),
+    ]
 
 
-def charts(runs: dict[str, list[dict]], colours: Colours) -> Markup:
-    first, *_ = runs
-    band, marks = ends(runs[first]), []
-    if any(len(of) > 1 for of in runs.values()):
-        marks.append(mark("seeds", "span of the seeds around their mean"))
-    parity = [mark("band", f"where the seeds of {first} end" if len(runs[first]) > 1 else f"where {first} ends")]
-    curves = {spec: mean_curve(of) for spec, of in runs.items()}
-    unit, name = unit_of([point["bytes"] for curve in curves.values() for point in curve])
-    each, per_step = unit_of([mean_of(of, "bytes_per_step") for of in runs.values()])
+def unit_of_loss(result: dict[str, Any]) -> str:
+    return tasks.TASKS[result["what"]["task"]].unit
 
-    def against(key: str, divisor: float, unit: str) -> list[Series]:
-        return [Series(spec, colours.of(spec), [
-            Point(p[key] / divisor, p["loss"], p["low"], p["high"], f"{spec}, step {p['step']}: {p['loss']:.4f} nats at {number(p[key] / divisor)} {unit}")
-            for p in curve]) for spec, curve in curves.items()]
 
-    final = [Series(spec, colours.of(spec), [Point(mean_of(of, "bytes_per_step") / each, mean_end(of), *ends(of),
-                    f"{spec}: {mean_end(of):.4f} nats, {number(mean_of(of, 'bytes_per_step') / each)} {per_step} a step")]) for spec, of in runs.items()]
+def verdict(rows: list[dict], unit: str, seeds: int) -> str:
+    """Of those that end in the band of the first or below it, which one sends least."""
+    first, *others = rows
+    text = f"{first['spec']} ends at {first['loss']:.4f} {unit}" + (f", its {seeds} seeds between {first['least']:.4f} and {first['greatest']:.4f}" if seeds > 1 else "")
+    within = [row for row in others if row["in_band"]]
+    if not within:
+        return text + ("; all others end higher." if others else ".")
+    least = min(within, key=lambda row: row["sent"])
+    return text + f"; not higher: {', '.join(row['spec'] for row in within)}" + (
+        f", of which {least['spec']} sends least" if len(within) > 1 else "") + f", {number(least['sent'] / 1e6)} MB a step."
+
+
+def charts(rows: list[dict], unit: str, seeds: int, colours: Colours) -> Markup:
+    """Of one task, of which `bench.accuracy.judged` made the rows."""
+    first, y = rows[0], f"held-out loss, {unit}"
+    marks = [mark("band", f"where the seeds of {first['spec']} end" if seeds > 1 else f"where {first['spec']} ends")]
+    marks += [mark("seeds", "span of the seeds around their mean")] if seeds > 1 else []
+    band, target, towards = (first["least"], first["greatest"]), None, []
+    if math.isfinite(first["target"]):
+        target, towards = first["target"], [mark("level", f"target {first['target']:.4f}")]
+    divisor, name = unit_of([point["bytes"] for row in rows for point in row["curve"]])
+    each, per_step = unit_of([row["sent"] for row in rows])
+
+    def against(key: str, divisor: float, name: str) -> list[Series]:
+        return [Series(row["spec"], colours.of(row["spec"]), [Point(
+            p[key] / divisor, p["loss"], p["least"], p["greatest"],
+            f"{row['spec']}, step {p['step']}: {p['loss']:.4f} {unit} at {number(p[key] / divisor)} {name}") for p in row["curve"]]) for row in rows]
+
+    final = [Series(row["spec"], colours.of(row["spec"]), [Point(row["sent"] / each, row["loss"], row["least"], row["greatest"],
+                    f"{row['spec']}: {row['loss']:.4f} {unit}, {number(row['sent'] / each)} {per_step} a step")]) for row in rows]
     return tag("div", [
-        lines(against("seconds", 1.0, "s"), title="Loss against time", x="seconds of training", y=LOSS, band=band, marks=parity + marks),
-        lines(against("bytes", unit, name), title="Loss against bytes", x=f"sent by a rank, {name}", y=LOSS, band=band, marks=parity + marks),
-        lines(final, title="Where they end", x=f"sent by a rank in a step, {per_step}", y=LOSS, band=band, marks=parity + marks),
+        lines(against("seconds", 1.0, "s"), title="Loss against time", x="seconds of training", y=y, band=band, level=target, marks=marks + towards),
+        lines(against("bytes", divisor, name), title="Loss against bytes", x=f"sent by a rank, {name}", y=y, band=band, level=target, marks=marks + towards),
+        lines(final, title="Where they end", x=f"sent by a rank in a step, {per_step}", y=y, band=band, marks=marks),
     ], class_="figures")
 
 
-def numbers(runs: dict[str, list[dict]]) -> Markup:
-    first, *_ = runs
-    base, rows = mean_end(runs[first]), []
-    for spec, of in runs.items():
-        low, high = ends(of)
-        rows.append([spec, fixed(mean_end(of), 4), fixed(mean_end(of) - base, 4, sign=True), fixed(high - low, 4), fixed(mean_of(of, "bytes_per_step") / 1e6, 3),
-                     fixed(1e3 * mean_of(of, "seconds_per_step"), 1), fixed(mean_of(of, "seconds"), 1)])
-    return table([("spec", False), ("loss, nats per byte", True), (f"above {first}", True), ("spread of seeds", True), ("sent per step, MB", True),
-                  ("step, ms", True), ("training, s", True)], rows)
-
-
-def mean_curve(runs: list[dict]) -> list[dict[str, float]]:
-    """Of the seeds at each step: means, and the lowest and highest loss; NaN where a seed's loss is not finite."""
-    at: dict[int, list[dict]] = {}
-    for run in runs:
-        for point in run["curve"]:
-            at.setdefault(point["step"], []).append(point)
-    return [{"step": step, **{key: statistics.mean(p[key] for p in points) for key in ("loss", "seconds", "bytes")},
-             "low": min(p["loss"] for p in points), "high": max(p["loss"] for p in points)} for step, points in sorted(at.items())]
-
-
-def ends(runs: list[dict]) -> tuple[float, float]:
-    """The lowest and the highest of the seeds' final losses that are finite."""
-    losses = [loss for run in runs if math.isfinite(loss := run["curve"][-1]["loss"])] or [math.nan]
-    return min(losses), max(losses)
-
-
-def mean_end(runs: list[dict]) -> float:
-    return statistics.mean(run["curve"][-1]["loss"] for run in runs)
-
-
-def mean_of(runs: list[dict], key: str) -> float:
-    return statistics.mean(run[key] for run in runs)
+def numbers(rows: list[dict], unit: str) -> Markup:
+    columns = [("spec", False), ("lr", True), (f"loss, {unit}", True), (f"above {rows[0]['spec']}", True), ("in band", False)] + [(title, True) for title in (
+        "spread of seeds", "MB a step", "MB to target", "s to target", "step, ms")]
+    return table(columns, [[
+        row["spec"], f"{row['lr']:g}", fixed(row["loss"], 4), fixed(row["above"], 4, sign=True), "yes" if row["in_band"] else "no", fixed(row["spread"], 4),
+        fixed(row["sent"] / 1e6, 3), fixed(row["bytes_to_target"] and row["bytes_to_target"] / 1e6, 1), fixed(row["seconds_to_target"], 1),
+        fixed(1e3 * row["seconds_per_step"], 1)] for row in rows])

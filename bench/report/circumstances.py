@@ -16,12 +16,12 @@ TITLES: dict[str, tuple[str, Callable[[Any], str]]] = {  # where the key of `wha
     "latency": ("latency found", lambda seconds: f"{number(1e3 * seconds)} ms"),
     "rate": ("rate found", lambda rate: f"{number(8e-6 * rate)} Mbit/s for a rank"),
     "accumulate": ("passes a step", str),
-    "lr": ("learning rate", lambda rate: f"{rate:g}"),
+    "tuned": ("learning rate", str),
 }
 
 
 def circumstances(result: dict[str, Any]) -> list[Child]:
-    what = dict(result["what"])
+    what = result.get("what", {})  # where a result holds several, each has its own
     if result.get("bench") == "kernels" and "machine" in what:  # there the name of the processor
         titles = {**TITLES, "machine": ("machine", str)}
     else:

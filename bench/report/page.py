@@ -53,9 +53,14 @@ def _section(number: int, one: Found, colours: Colours) -> Markup:
     try:
         shown = body(one.result, colours)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # written by another version, or by hand
-        written = (one.result["what"] if isinstance(one.result["what"], dict) else {}).get("commopt", "an unknown version")
         raise ValueError(f"{one.name} does not have what a report of {_title(one)} needs ({type(error).__name__}: {error}); it was written by "
-                         f"commopt {written}, this is {commopt.__version__}: measure again, or make the report with that version") from error
+                         f"commopt {_version(one.result)}, this is {commopt.__version__}: measure again, or make the report with that version") from error
     heading = tag("h2", _title(one), tag("small", one.name))
     explained = tag("details", tag("summary", "What the numbers are"), tag("pre", (meaning or "").strip()))
     return tag("section", heading, circumstances(one.result), shown, explained, id=f"s{number}")
+
+
+def _version(result: dict[str, Any]) -> str:
+    """That a result says it was written by."""
+    some = [one.get("what") for one in result.get("results", [result]) if isinstance(one, dict)]
+    return next((what["commopt"] for what in some if isinstance(what, dict) and "commopt" in what), "an unknown version")

@@ -33,14 +33,14 @@ def read(path: str, kinds: list[str]) -> Found:
         return _log(path, text, error)
     if not isinstance(value, dict) or not {"bench", "log", "step"} & set(value):
         raise ValueError(f"{path} is JSON of something else; {_HOW}" + (
-            ". A bench's JSON from before commopt wrote its name into it can be given one: \"bench\": \"step\"" if isinstance(value, dict) and {"what", "rows", "runs"} & set(value) else ""))
+            ". A bench's JSON from before commopt wrote its name into it can be given one: \"bench\": \"step\"" if isinstance(value, dict) and {"what", "rows", "results"} & set(value) else ""))
     if "bench" not in value:
         return _log(path, text, None)
     if value["bench"] not in kinds:
         raise ValueError(f"{path} is of the bench {value['bench']!r}, which has no report; known are {', '.join(k for k in kinds if k != 'log')}")
-    rows = "runs" if value["bench"] == "accuracy" else "rows"
-    if not value.get("what") or not value.get(rows):
-        raise ValueError(f"{path} is of the bench {value['bench']}, but has no {rows if value.get('what') else 'what'}: measure again with "
+    missing = [key for key in (["results"] if value["bench"] == "accuracy" else ["what", "rows"]) if not value.get(key)]
+    if missing:
+        raise ValueError(f"{path} is of the bench {value['bench']}, but has no {missing[0]}: measure again with "
                          f"`python -m commopt bench {value['bench']} --json {path}`")
     return Found(path, value["bench"], value)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .. import accuracy as bench_accuracy
 from .. import rivals
 from . import accuracy, bandwidth
 from .colours import Colours
@@ -13,28 +14,28 @@ from .units import fixed
 
 
 def body(result: dict[str, Any], colours: Colours) -> Child:
-    rows, runs, verdict = result["rows"], result["trained"]["runs"], rivals.verdict(result)
+    rows, verdict, unit, seeds = result["rows"], rivals.verdict(result), accuracy.unit_of_loss(result["trained"]), result["trained"]["what"]["seeds"]
+    trained = bench_accuracy.judged(result["trained"])
     looks = legend([(row["spec"], colours.of(row["spec"])) for row in rows])
     return [
         tag("p", verdict[0].upper() + verdict[1:] + ".", class_="verdict"), looks,
-        tag("div", against_time(result, colours), bandwidth.added(rows, colours), class_="figures"), numbers(rows),
-        tag("h3", "The training behind it"), accuracy.charts(runs, colours), accuracy.numbers(runs),
+        tag("div", against_time(result, trained, unit, colours), bandwidth.added(rows, colours), class_="figures"), numbers(rows),
+        tag("h3", "The training behind it"), accuracy.charts(trained, unit, seeds, colours), accuracy.numbers(trained, unit),
     ]
 
 
-def against_time(result: dict[str, Any], colours: Colours) -> Child:
+def against_time(result: dict[str, Any], trained: list[dict], unit: str, colours: Colours) -> Child:
     """What a spec costs in loss and in time, both beyond the best there is: the lower and the further left the better."""
-    runs, best = result["trained"]["runs"], result["best"]
-    plain = accuracy.mean_end(runs["plain"])
+    ends, best = {row["spec"]: row for row in trained}, result["best"]
     series = []
     for row in result["rows"]:
-        low, high = (end - plain for end in accuracy.ends(runs[row["spec"]]))
+        low, high = (ends[row["spec"]][end] - ends["plain"]["loss"] for end in ("least", "greatest"))
         about = f"{row['spec']}: {row['above_plain']:+.4f} nats, {row['added_ms']:,.1f} ms"
         series.append(Series(row["spec"], colours.of(row["spec"]), [Point(row["added_ms"], row["above_plain"], low, high, about)],
                              ringed=row["spec"] in (best["ours"], best["theirs"])))
     lowest = min((p.low for s in series for p in s.points if p.finite), default=0.0)
     marks = [mark("band", f"within {best['band']:g} nats of plain DDP"), mark("ring", "the best there of ours, and of theirs"), mark("seeds", "span of the seeds")]
-    return lines(series, title="Loss against time", x="ms that communication adds to a step", y="loss above plain DDP's, nats per byte",
+    return lines(series, title="Loss against time", x="ms that communication adds to a step", y=f"loss above plain DDP's, {unit}",
                  band=(min(lowest, 0.0), best["band"]), marks=marks)
 
 
