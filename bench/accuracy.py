@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 import commopt
+from commopt.schedulers import parse_schedule
 
 from . import candidates, launch, learning, tasks, works
 from .steps import cell, link_of
@@ -61,17 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> tuple[dict, str]:
     """The result, and the table that shows it."""
-    specs = _specs(args.spec)
-    chosen = args.task.split(",")
-    if unknown := [task for task in chosen if task not in tasks.TASKS]:
-        raise ValueError(f"no task {unknown[0]!r}; there are {', '.join(tasks.TASKS)}")
-    if len(chosen) > 1 and any(value is not None for value in (args.lr, args.batch, args.width, args.layers)):
-        raise ValueError("--lr, --batch, --width and --layers are those of one task: give one --task, or leave them out")
-    if args.tune and args.lr is not None:
-        raise ValueError("--tune finds the learning rates: leave --lr out")
-    if min(args.seeds, args.accumulate, args.world - 1, *(v for v in (args.steps, args.batch, args.eval_every) if v is not None)) < 1:
-        raise ValueError(f"a bench needs at least 2 ranks, 1 seed, 1 step and 1 pass, got --world {args.world} --seeds {args.seeds} --steps {args.steps} "
-                         f"--accumulate {args.accumulate} --batch {args.batch} --eval-every {args.eval_every}")
+    specs, chosen = _specs(args.spec), args.task.split(",")
+    check(chosen, args)
     settings = {k: v for k, v in vars(args).items() if not callable(v)} | {"specs": specs, "tasks": chosen}
     result = launch.run("commopt.bench.accuracy", settings, args.world, timeout=args.timeout, link=link_of(args.world, args.emulate))
     return result, "\n\n".join(table(one) for one in result["results"])
@@ -81,6 +73,28 @@ def _specs(text: str) -> list[str]:
     specs = list(RECOMMENDED) if text == "recommended" else launch.split_specs(text)
     candidates.check(specs)
     return specs
+
+
+def check(chosen: list[str], args: argparse.Namespace) -> None:
+    """ValueError for what cannot be trained, before anything is."""
+    if unknown := [task for task in chosen if task not in tasks.TASKS]:
+        raise ValueError(f"--task: no task {unknown[0]!r}; there are {', '.join(tasks.TASKS)}")
+    if len(chosen) > 1 and (given := [f"--{key}" for key in ("lr", "batch", "width", "layers") if getattr(args, key) is not None]):
+        raise ValueError(f"{' and '.join(given)}: only with a single --task, since every task has its own; got {', '.join(chosen)}")
+    if args.tune and args.lr is not None:
+        raise ValueError(f"--tune finds each spec's learning rate, and --lr {args.lr:g} sets it: leave one of them out")
+    for key, least in {"world": 2, "seeds": 1, "steps": 1, "batch": 1, "width": 1, "layers": 1, "eval_every": 1, "accumulate": 1}.items():
+        if (value := getattr(args, key)) is not None and value < least:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least {least}, got {value}")
+    for key in ("lr", "bucket_mb"):
+        if (value := getattr(args, key)) is not None and not value > 0:
+            raise ValueError(f"--{key.replace('_', '-')} must be above 0, got {value:g}")
+    for task in chosen:
+        sizes = learning.Sizes.of(task, args)
+        if sizes.batch % args.accumulate:
+            raise ValueError(f"--accumulate {args.accumulate} does not divide the batch of {task}, {sizes.batch} per rank")
+        works.parameters(task, sizes.width, sizes.layers)  # refuses sizes of which there is no model
+    parse_schedule(args.schedule)
 
 
 def judged(result: dict) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ class ByteGPT(nn.Module):
 
     def __init__(self, width: int = 128, layers: int = 5, heads: int = 4, context: int = 128):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"a GPT of {heads} heads needs a width that is a multiple of {heads}, got {width}")
         self.context = context
         self.token, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
