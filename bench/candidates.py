@@ -1,59 +1,85 @@
-"""What a bench compares: ours by their specs, plain DDP, and PyTorch's own hooks as its documentation says to use them."""
+"""What a bench compares: ours by their specs, plain DDP, and the peers in rivals/, each as its documentation says to use it.
+
+A peer is a file in rivals/ and a line in PEERS. The file has four functions, of which the last three take one of its names:
+
+    missing() -> str | None                how to get it, where it is not installed
+    wrap(name, model, bucket_mb) -> DDP    the model in DDP, with the peer's hook
+    keeps_residual(name) -> bool           whether what a step leaves out comes in later ones: its mean is then not compared with the exact one
+    bytes_per_step(name, ddp) -> float     what a rank hands to the network in a step; of an all-reduce, `ring` of what it is given
+"""
+
+import importlib
+from types import ModuleType
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import commopt
 from commopt.compressors import STEADY
 
-POWERSGD = {f"torch:powersgd{rank}": rank for rank in (1, 2, 4, 8, 16)}
-EXTERNAL = ("plain", "torch:fp16", *POWERSGD)  # its bf16 hook refuses gloo
-POWERSGD_STARTS = 2  # the first step that it compresses; the least it accepts
+PEERS = {  # what is before the colon -> its file, and what is compared of it
+    "torch": ("pytorch", ("fp16", "powersgd1", "powersgd2", "powersgd4", "powersgd8", "powersgd16", "fp16-powersgd4", "fp16-powersgd16")),
+    "epfml": ("epfml_powersgd", ("powersgd4", "powersgd16")),
+}
+EXTERNAL = ("plain", *(f"{peer}:{name}" for peer, (_, names) in PEERS.items() for name in names))
 
 
 def check(specs: list[str]) -> None:
-    """ValueError for a spec that is neither ours nor one of EXTERNAL."""
+    """ValueError for a spec that is neither ours nor one of EXTERNAL, and for a peer that is not installed."""
     for spec in specs:
         if spec not in EXTERNAL:
             commopt.parse(spec)
+        if how := missing(spec):
+            raise ValueError(f"{spec}: {how}")
+
+
+def missing(spec: str) -> str | None:
+    """How to get the peer, where it is not installed."""
+    return _peer(spec).missing() if _peers(spec) else None
+
+
+def keeps_residual(spec: str) -> bool:
+    """Whether a peer's mean is far from the exact one in a single step, because the rest comes later."""
+    return _peers(spec) and _peer(spec).keeps_residual(_name(spec))
 
 
 def wrap(
     spec: str, model: nn.Module, *, steady: bool = False, seed: int = 0, bucket_mb: float = 25.0, schedule: str = "pipelined"
 ) -> tuple[DistributedDataParallel, commopt.State | None]:
     """The model in DDP with the hook that spec names, and the handle where it is ours. steady: without its warm-up.
-    schedule: of ours. bucket_mb: MiB of a bucket; PyTorch's PowerSGD has one in any case, since with two it deadlocks on gloo."""
-    ddp = DistributedDataParallel(model, bucket_cap_mb=1 << 20 if spec in POWERSGD else bucket_mb)
-    handle = None
-    if spec in POWERSGD:
-        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWERSGD[spec], start_powerSGD_iter=POWERSGD_STARTS)
-        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    elif spec == "torch:fp16":
-        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    elif spec != "plain":
+    schedule: of ours. bucket_mb: MiB of a bucket; some peers need a single one in any case."""
+    if _peers(spec):
+        return _peer(spec).wrap(_name(spec), model, bucket_mb), None
+    ddp, handle = DistributedDataParallel(model, bucket_cap_mb=bucket_mb), None
+    if spec != "plain":
         compressor = commopt.parse(spec)
         handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed, schedule=schedule)
     return ddp, handle
 
 
 def bytes_per_step(spec: str, ddp: DistributedDataParallel, handle: commopt.State | None) -> float:
-    """What a rank hands to the network in a step: ours by the handle's account since its last reset_stats, else what a
-    ring all-reduce sends of that which the hook gives it."""
+    """What a rank hands to the network in a step: ours by the handle's account since its last reset_stats, of others what
+    their hook sends, and of plain DDP what a ring all-reduce does."""
     if handle:
         stats = handle.stats()
         return stats["bytes_wire"] / stats["steps"]
-    ring = 2 * (dist.get_world_size() - 1) / dist.get_world_size()
-    if spec not in POWERSGD:
-        return ring * (2 if spec == "torch:fp16" else 4) * sum(p.numel() for p in ddp.parameters())
-    return ring * 4 * sum(_powersgd_values(p.shape, POWERSGD[spec]) for p in ddp.parameters())
+    return _peer(spec).bytes_per_step(_name(spec), ddp) if _peers(spec) else ring(4 * sum(p.numel() for p in ddp.parameters()))
 
 
-def _powersgd_values(shape, rank: int) -> int:
-    """What PyTorch's PowerSGD reduces of a parameter: two factors, or all of it where they would not halve it."""
-    total = shape.numel()
-    if len(shape) < 2:
-        return total
-    factors = rank * (shape[0] + total // shape[0])
-    return factors if 2 * factors < total else total
+def ring(nbytes: float) -> float:
+    """What a rank sends in a ring all-reduce of so many bytes."""
+    return 2 * (dist.get_world_size() - 1) / dist.get_world_size() * nbytes
+
+
+def _peers(spec: str) -> bool:
+    return spec != "plain" and spec in EXTERNAL
+
+
+def _name(spec: str) -> str:
+    return spec.partition(":")[2]
+
+
+def _peer(spec: str) -> ModuleType:
+    """Its file, which is imported where it is used: it may need what the others do not."""
+    return importlib.import_module(f".rivals.{PEERS[spec.partition(':')[0]][0]}", __package__)

@@ -1,19 +1,25 @@
 """`python -m commopt bench rivals`: that it trains and times the same candidates, and what it concludes from numbers."""
 
+import importlib.util
 import json
 import pathlib
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from commopt.__main__ import main
-from commopt.bench import rivals
+from commopt.bench import candidates, rivals
+from ranks import run
 
 WHAT = {"task": "gpt", "parameters": 1000, "world": 2, "steps": 400, "seeds": 2, "tuned": "of the task", "bucket_mb": 1.0}
-TINY = ["--spec", "torch:fp16,torch:powersgd1,int8,powersgd:rank=2", "--width", "32", "--layers", "1", "--batch", "2", "--rounds", "2"]
+TINY = ["--spec", "torch:fp16,torch:powersgd1,torch:fp16-powersgd4,int8,powersgd:rank=2", "--width", "32", "--layers", "1", "--batch", "2", "--rounds", "2", "--eval-every", "4"]
 
 
 def trained(losses: dict[str, tuple[float, ...]], **what) -> dict:
-    return {"what": WHAT | what, "runs": {spec: [{"curve": [{"loss": 9.0}, {"loss": x}]} for x in of] for spec, of in losses.items()}}
+    run = lambda x: {"curve": [{"step": i, "loss": y, "seconds": i, "bytes": i} for i, y in enumerate((9.0, x))], "lr": 0.001, "bytes_per_step": 1.0, "seconds_per_step": 1.0}
+    return {"what": WHAT | what, "runs": {spec: [run(x) for x in of] for spec, of in losses.items()}}
 
 
 def timed(added: dict[str, float]) -> dict:
@@ -65,7 +71,7 @@ def test_it_trains_and_times_every_candidate(tmp_path, capfd):
     file = str(tmp_path / "all.json")
     assert main(["bench", "rivals", *TINY, "--steps", "4", "--seeds", "2", "--json", file]) == 0
     result = json.loads(pathlib.Path(file).read_text())
-    specs = ["plain", "torch:fp16", "torch:powersgd1", "int8", "powersgd:rank=2"]
+    specs = ["plain", "torch:fp16", "torch:powersgd1", "torch:fp16-powersgd4", "int8", "powersgd:rank=2"]
     assert [row["spec"] for row in result["rows"]] == list(result["trained"]["runs"]) == specs
     assert result["what"]["parameters"] == result["trained"]["what"]["parameters"] < 50_000
     sent = {row["spec"]: row["sent"] for row in result["rows"]}
@@ -79,7 +85,7 @@ def test_it_trains_and_times_every_candidate(tmp_path, capfd):
 
     assert main(["bench", "rivals", *TINY, "--band", "9", "--losses", file]) == 0
     said = capfd.readouterr()
-    assert "step 4/4" not in said.err and "no" not in [line.split()[2] for line in said.out.splitlines()[1:6]]
+    assert "step 4/4" not in said.err and "no" not in [line.split()[2] for line in said.out.splitlines()[1:7]]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -91,3 +97,136 @@ def test_mistakes_are_named_before_anything_is_trained(argv, words, capfd):
     assert main(["bench", "rivals", *argv]) == 2
     said = capfd.readouterr()
     assert all(word in said.err for word in words) and "step" not in said.err, said.err
+
+
+# --- peers ---
+
+
+class Model(nn.Module):
+    """Matrices that a few columns make smaller and some that they do not, one of them of a convolution, and vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(2, 30, 3), nn.Flatten(), nn.Linear(30, 24), nn.ReLU(), nn.Linear(24, 6), nn.BatchNorm1d(6), nn.Linear(6, 40, bias=False))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def _sent(rank, world, spec, path=None, steps=6):
+    """Bytes that the hook gives to all-reduces in each step, what the peer says it sends, and gradients of every step: the
+    mean that DDP leaves, and this rank's own."""
+    import sys
+
+    if path:
+        sys.path.insert(0, path)
+    torch.manual_seed(0)
+    ddp, handle = candidates.wrap(spec, Model(), bucket_mb=0.001)
+    assert handle is None
+    given, all_reduce = [], dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        given[-1] += tensor.numel() * tensor.element_size()
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    gradient = lambda: torch.cat([p.grad.flatten() for p in ddp.parameters()])
+    means, own = [], []
+    for step in range(steps):
+        given.append(0)
+        x = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(100 * step + rank))
+        for keep, context in ((own, ddp.no_sync), (means, torch.enable_grad)):
+            ddp.zero_grad()
+            with context():
+                ddp(x).square().sum().backward()
+            keep.append(gradient())
+    return given, candidates.bytes_per_step(spec, ddp, None), means, own
+
+
+# Of the convolution 30 x 18, of the linear layers 24 x 30, 6 x 24 and 40 x 6; vectors have 30 + 24 + 6 + 6 + 6 values.
+ALL, VECTORS = 540 + 720 + 144 + 240, 72
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("spec, values, size", [
+    ("torch:fp16", ALL, 2), ("torch:powersgd1", 48 + 54 + 30 + 46, 4), ("torch:powersgd4", 192 + 216 + 144 + 240, 4), ("torch:fp16-powersgd4", 192 + 216 + 144 + 240, 2)])
+def test_pytorchs_hooks_send_what_they_say(spec, values, size, world):
+    """A column of both factors of an m x n matrix is m + n values; where four would not halve it, it is sent as it is."""
+    for given, said, means, _ in run(world, _sent, spec=spec):
+        assert given[3:] == [size * (values + VECTORS)] * 3
+        assert said == pytest.approx(2 * (world - 1) / world * given[-1])
+        assert all(mean.isfinite().all() for mean in means)
+
+
+def test_plain_ddp_sends_all_and_averages_exactly():
+    ranks = run(2, _sent, spec="plain")
+    for given, said, means, _ in ranks:
+        assert said == 4 * (ALL + VECTORS) and given == [0] * 6, "DDP's own all-reduce is not Python's"
+        for step, mean in enumerate(means):
+            torch.testing.assert_close(mean, (ranks[0][3][step] + ranks[1][3][step]) / 2)
+
+
+STAND_IN = """
+from typing import NamedTuple
+import torch.distributed as dist
+
+class Config(NamedTuple):
+    rank: int
+    min_compression_rate: float = 2
+    num_iters_per_step: int = 1
+    start_compressing_after_num_steps: int = 100
+
+class PowerSGD:
+    # Sends half of what it is given, and leaves the other half.
+    def __init__(self, params, config):
+        assert config == Config(4, start_compressing_after_num_steps=0)
+        self.shapes = [p.shape for p in params]
+
+    def aggregate(self, gradients):
+        assert [g.shape for g in gradients] == self.shapes
+        means = []
+        for g in gradients:
+            g.div_(2)
+            means.append(g / dist.get_world_size())
+            dist.all_reduce(means[-1])
+        return means
+"""
+
+
+def test_what_the_authors_powersgd_leaves_comes_in_the_next_step(tmp_path):
+    """With a package in its place that sends half of everything, whatever the order of DDP's bucket."""
+    (tmp_path / "powersgd.py").write_text(STAND_IN)
+    ranks = run(2, _sent, spec="epfml:powersgd4", path=str(tmp_path))
+    kept = torch.zeros_like(ranks[0][2][0])
+    for step in range(6):
+        due = kept + (ranks[0][3][step] + ranks[1][3][step]) / 2
+        assert torch.equal(ranks[0][2][step], ranks[1][2][step])
+        torch.testing.assert_close(ranks[0][2][step], due / 2)
+        kept = due / 2
+
+
+def test_the_authors_powersgd_sends_what_we_say():
+    if candidates.missing("epfml:powersgd4"):
+        pytest.skip(f"powersgd is {candidates.missing('epfml:powersgd4')}")
+    one, other = 4 * (18 + 30 + 24 + 6) + VECTORS, 4 * (30 + 24 + 6 + 40) + VECTORS  # a factor of each matrix
+    for world in (2, 3):
+        for given, said, means, _ in run(world, _sent, spec="epfml:powersgd4"):
+            assert given == [4 * one, 4 * other] * 3 and said == pytest.approx(2 * (world - 1) / world * 4 * (one + other) / 2)
+            assert all(mean.isfinite().all() for mean in means)
+
+
+def test_an_absent_peer_is_left_out_with_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, of=importlib.util.find_spec: None if name == "powersgd" else of(name))
+    assert rivals.installed(["plain", "epfml:powersgd4", "torch:fp16", "epfml:powersgd16", "int8"]) == ["plain", "torch:fp16", "int8"]
+    line = "not installed (pip install git+https://github.com/epfml/powersgd.git)"
+    assert capsys.readouterr().err == f"epfml:powersgd4, epfml:powersgd16: {line}\n"
+    for bench in ("accuracy", "step", "bandwidth"):  # named there, it is a mistake
+        assert main(["bench", bench, "--spec", "plain,epfml:powersgd4"]) == 2 and capsys.readouterr().err == f"epfml:powersgd4: {line}\n"
+
+
+def test_every_peer_has_what_a_bench_asks_of_it():
+    assert candidates.EXTERNAL[:2] == ("plain", "torch:fp16") and len(set(candidates.EXTERNAL)) == len(candidates.EXTERNAL)
+    for spec in candidates.EXTERNAL:
+        assert candidates.keeps_residual(spec) == ("powersgd" in spec) and candidates.missing(spec) in (None, candidates.missing("epfml:powersgd4"))
+    with pytest.raises(ValueError, match="epfml"):
+        candidates.check(["epfml:powersgd3"])

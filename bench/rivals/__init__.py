@@ -1,5 +1,5 @@
-"""Ours against PyTorch's own hooks, as a user would choose: what does a step's communication cost with the best of each
-that trains as well as plain DDP?
+"""Ours against PyTorch's own hooks and other peers, as a user would choose: what does a step's communication cost with the
+best of each that trains as well as plain DDP?
 
     python -m commopt bench rivals --emulate 100mbit
 
@@ -7,19 +7,21 @@ that trains as well as plain DDP?
    if its mean loss over the seeds is at most --band nats above plain DDP's. --losses takes it from earlier runs instead.
 2. Communication: steps of the same model on the same text over the link, all candidates in turns.
    Buckets are of --bucket-mb, so that all but the last can travel during the backward pass, as they do in a larger model.
-   PyTorch's PowerSGD has one bucket: on gloo it deadlocks with two.
+   PyTorch's PowerSGD has one bucket: on gloo it deadlocks with two. So has that of its authors, which takes all gradients at once.
 3. Of those in the band, the one that adds least to a step is the best: of ours, and of theirs, to which plain DDP belongs.
+
+A peer that is not installed is left out, which a line says.
 
 """
 
 import argparse
 import json
-import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-from . import accuracy, candidates, launch, learning, steps, tasks, works
-from .steps import cell
+from .. import accuracy, candidates, launch, learning, steps, tasks, works
+from ..steps import cell
 
 __doc__ += steps.__doc__
 
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> tuple[dict, str]:
     """The result, and the table that shows it."""
-    specs = list(dict.fromkeys(["plain", *launch.split_specs(args.spec)]))
+    specs = installed(list(dict.fromkeys(["plain", *launch.split_specs(args.spec)])))
     candidates.check(specs)
     if args.task not in tasks.TASKS:
         raise ValueError(f"no task {args.task!r}; there are {', '.join(tasks.TASKS)}, of which this bench takes one")
@@ -51,6 +53,17 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
     result = steps.compare("commopt.bench.rivals", arguments, works.parameters(args.task, sizes.width, sizes.layers), link)
     result = judged(result, trained, args.band)
     return result, table(result)
+
+
+def installed(specs: list[str]) -> list[str]:
+    """Without those of peers that are not there; a line for each peer says so."""
+    absent: dict[str, list[str]] = {}
+    for spec in specs:
+        if how := candidates.missing(spec):
+            absent.setdefault(how, []).append(spec)
+    for how, some in absent.items():
+        print(f"{', '.join(some)}: {how}", file=sys.stderr)
+    return [spec for spec in specs if not candidates.missing(spec)]
 
 
 def train(args: argparse.Namespace, specs: list[str]) -> dict:
@@ -75,7 +88,7 @@ def read(files: list[str], specs: list[str]) -> dict:
 
 def judged(result: dict, trained: dict, band: float) -> dict:
     """The result with the loss of each row, whether it is in the band, and the best of each side."""
-    losses = {spec: statistics.mean(run["curve"][-1]["loss"] for run in runs) for spec, runs in trained["runs"].items()}
+    losses = {row["spec"]: row["loss"] for row in accuracy.judged(trained)}
     for row in result["rows"]:
         row["above_plain"] = losses[row["spec"]] - losses["plain"]
         row["in_band"] = row["above_plain"] <= band
@@ -112,7 +125,3 @@ def verdict(result: dict) -> str:
 def worker() -> None:
     arguments = launch.worker_arguments()
     steps.serve(works.work(arguments["task"], arguments["width"], arguments["layers"], arguments["batch"]), arguments)
-
-
-if __name__ == "__main__":
-    worker()

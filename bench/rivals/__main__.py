@@ -1,0 +1,5 @@
+"""A worker of the bench."""
+
+from . import worker
+
+worker()
