@@ -4,7 +4,7 @@ A peer is a file in rivals/ and a line in PEERS. The file has four functions, of
 
     missing() -> str | None                how to get it, where it is not installed
     wrap(name, model, bucket_mb) -> DDP    the model in DDP, with the peer's hook
-    keeps_residual(name) -> bool           whether what a step leaves out comes in later ones: its mean is then not compared with the exact one
+    rough(name) -> bool                    whether a step's mean is further from the exact one than 2 % of its norm
     bytes_per_step(name, ddp) -> float     what a rank hands to the network in a step; of an all-reduce, `ring` of what it is given
 """
 
@@ -21,6 +21,7 @@ from commopt.compressors import STEADY
 PEERS = {  # what is before the colon -> its file, and what is compared of it
     "torch": ("pytorch", ("fp16", "powersgd1", "powersgd2", "powersgd4", "powersgd8", "powersgd16", "fp16-powersgd4", "fp16-powersgd16")),
     "epfml": ("epfml_powersgd", ("powersgd4", "powersgd16")),
+    "grace": ("grace", ("topk0.01", "qsgd")),
 }
 EXTERNAL = ("plain", *(f"{peer}:{name}" for peer, (_, names) in PEERS.items() for name in names))
 
@@ -39,9 +40,9 @@ def missing(spec: str) -> str | None:
     return _peer(spec).missing() if _peers(spec) else None
 
 
-def keeps_residual(spec: str) -> bool:
-    """Whether a peer's mean is far from the exact one in a single step, because the rest comes later."""
-    return _peers(spec) and _peer(spec).keeps_residual(_name(spec))
+def rough(spec: str) -> bool:
+    """Whether a peer's mean is far from the exact one in a single step, where the rest comes later or is noise."""
+    return _peers(spec) and _peer(spec).rough(_name(spec))
 
 
 def wrap(

@@ -31,7 +31,7 @@ import commopt
 from commopt.tuning.probe import timed
 
 from . import launch, link
-from .candidates import bytes_per_step, keeps_residual, wrap
+from .candidates import bytes_per_step, rough, wrap
 
 WARMUP = 20  # steps: DDP rebuilds its buckets after the first, PowerSGD begins with the third, residuals need some to grow
 
@@ -172,7 +172,7 @@ def verify(c: Candidate, exact: Tensor, plain: Tensor) -> None:
     check_same(c.spec, mean)
     distance = lambda a: float((a - exact).norm() / exact.norm())
     c.error = distance(mean)
-    if keeps_residual(c.spec):
+    if rough(c.spec):
         return
     if c.compressor is not None and c.compressor.ef:
         limit, what = 1e-5, "what was sent and what was kept"
@@ -198,7 +198,7 @@ def prepare(work: Work, specs: list[str], bucket_mb: float) -> list[Candidate]:
         if not candidates:
             shared, exact = list(c.ddp.parameters()), exact_mean(c)
         # Ours compresses the second step first, with residuals of zero, and PyTorch's PowerSGD the third.
-        for _ in range(3 if keeps_residual(spec) else 2):
+        for _ in range(3 if rough(spec) else 2):
             c.backward(work.batch(dist.get_rank(), 0))
         if not candidates:
             plain = c.gradient()

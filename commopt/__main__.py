@@ -22,7 +22,7 @@ BENCHES = {
     "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
     "step": "what a training step takes under each schedule, and when its parts are at work",
     "accuracy": "loss of four tasks on what they have not seen, against bytes and seconds",
-    "rivals": "ours against PyTorch's own hooks: communication of the best that keep the loss",
+    "rivals": "ours against PyTorch's own hooks and other peers: communication of the best that keep the loss",
 }
 JSON_HELP = "write JSON to FILE; - is standard output"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

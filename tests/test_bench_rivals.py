@@ -114,7 +114,7 @@ class Model(nn.Module):
 
 
 def _sent(rank, world, spec, path=None, steps=6):
-    """Bytes that the hook gives to all-reduces in each step, what the peer says it sends, and gradients of every step: the
+    """Bytes that the hook gives to all-reduces and all-gathers in each step, what the peer says it sends, and gradients of every step: the
     mean that DDP leaves, and this rank's own."""
     import sys
 
@@ -123,13 +123,17 @@ def _sent(rank, world, spec, path=None, steps=6):
     torch.manual_seed(0)
     ddp, handle = candidates.wrap(spec, Model(), bucket_mb=0.001)
     assert handle is None
-    given, all_reduce = [], dist.all_reduce
+    given, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
 
     def counting(tensor, *args, **kwargs):
         given[-1] += tensor.numel() * tensor.element_size()
         return all_reduce(tensor, *args, **kwargs)
 
-    dist.all_reduce = counting
+    def counting_gathered(rows, tensor, *args, **kwargs):
+        given[-1] += tensor.numel() * tensor.element_size()
+        return all_gather(rows, tensor, *args, **kwargs)
+
+    dist.all_reduce, dist.all_gather = counting, counting_gathered
     gradient = lambda: torch.cat([p.grad.flatten() for p in ddp.parameters()])
     means, own = [], []
     for step in range(steps):
@@ -166,7 +170,8 @@ def test_plain_ddp_sends_all_and_averages_exactly():
             torch.testing.assert_close(mean, (ranks[0][3][step] + ranks[1][3][step]) / 2)
 
 
-STAND_IN = """
+# In place of packages that are not here: each sends half of what it is given, and the other half with the next step.
+POWERSGD = """
 from typing import NamedTuple
 import torch.distributed as dist
 
@@ -177,7 +182,6 @@ class Config(NamedTuple):
     start_compressing_after_num_steps: int = 100
 
 class PowerSGD:
-    # Sends half of what it is given, and leaves the other half.
     def __init__(self, params, config):
         assert config == Config(4, start_compressing_after_num_steps=0)
         self.shapes = [p.shape for p in params]
@@ -191,12 +195,33 @@ class PowerSGD:
             dist.all_reduce(means[-1])
         return means
 """
+GRACE = """
+import torch.distributed as dist
+
+def grace_from_params(params):
+    assert params == {"compressor": "topk", "memory": "residual", "communicator": "allgather", "compress_ratio": 0.01, "world_size": 2}
+    return Grace()
+
+class Grace:
+    def __init__(self):
+        self.residuals = {}
+
+    def step(self, tensor, name):
+        self.residuals[name] = (tensor + self.residuals.get(name, 0)) / 2
+        mean = self.residuals[name] / 2
+        dist.all_reduce(mean)
+        return mean
+"""
+STAND_INS = {"epfml:powersgd4": {"powersgd.py": POWERSGD}, "grace:topk0.01": {"grace_dl/__init__.py": "", "grace_dl/dist/__init__.py": "", "grace_dl/dist/helper.py": GRACE}}
 
 
-def test_what_the_authors_powersgd_leaves_comes_in_the_next_step(tmp_path):
-    """With a package in its place that sends half of everything, whatever the order of DDP's bucket."""
-    (tmp_path / "powersgd.py").write_text(STAND_IN)
-    ranks = run(2, _sent, spec="epfml:powersgd4", path=str(tmp_path))
+@pytest.mark.parametrize("spec", STAND_INS)
+def test_what_a_peer_leaves_comes_in_the_next_step(tmp_path, spec):
+    """Also after DDP has changed the order of its buckets."""
+    for name, code in STAND_INS[spec].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code)
+    ranks = run(2, _sent, spec=spec, path=str(tmp_path))
     kept = torch.zeros_like(ranks[0][2][0])
     for step in range(6):
         due = kept + (ranks[0][3][step] + ranks[1][3][step]) / 2
@@ -215,11 +240,28 @@ def test_the_authors_powersgd_sends_what_we_say():
             assert all(mean.isfinite().all() for mean in means)
 
 
+@pytest.mark.parametrize("spec, message", [
+    ("grace:topk0.01", 8 * (5 + 7 + 1 + 2 + 5)),  # of 540, 720, 144 and 240 values, and at least one of each of the five vectors
+    ("grace:qsgd", ALL + VECTORS + 4 * (5 + 6 + 2 + 2 + 5)),
+])
+def test_grace_sends_what_we_say(spec, message):
+    if candidates.missing(spec):
+        pytest.skip(f"grace_dl is {candidates.missing(spec)}")
+    for world in (2, 3):
+        ranks = run(world, _sent, spec=spec)
+        for given, said, means, _ in ranks:
+            assert given == [message] * 6 and said == (world - 1) * message
+            assert all(torch.equal(mean, other) for mean, other in zip(means, ranks[0][2]))
+        due, sent = sum(sum(own) for *_, own in ranks) / world, sum(ranks[0][2])
+        assert (due - sent).norm() / due.norm() < (0.1 if spec == "grace:qsgd" else 0.95), "nothing of the gradients arrives"
+
+
 def test_an_absent_peer_is_left_out_with_a_line(capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, of=importlib.util.find_spec: None if name == "powersgd" else of(name))
-    assert rivals.installed(["plain", "epfml:powersgd4", "torch:fp16", "epfml:powersgd16", "int8"]) == ["plain", "torch:fp16", "int8"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, of=importlib.util.find_spec: None if name in ("powersgd", "grace_dl") else of(name))
+    assert rivals.installed(["plain", "epfml:powersgd4", "torch:fp16", "grace:qsgd", "epfml:powersgd16", "int8"]) == ["plain", "torch:fp16", "int8"]
     line = "not installed (pip install git+https://github.com/epfml/powersgd.git)"
-    assert capsys.readouterr().err == f"epfml:powersgd4, epfml:powersgd16: {line}\n"
+    assert capsys.readouterr().err == (f"epfml:powersgd4, epfml:powersgd16: {line}\n"
+                                       "grace:qsgd: not installed (git clone https://github.com/sands-lab/grace.git && pip install -e grace)\n")
     for bench in ("accuracy", "step", "bandwidth"):  # named there, it is a mistake
         assert main(["bench", bench, "--spec", "plain,epfml:powersgd4"]) == 2 and capsys.readouterr().err == f"epfml:powersgd4: {line}\n"
 
@@ -227,6 +269,6 @@ def test_an_absent_peer_is_left_out_with_a_line(capsys, monkeypatch):
 def test_every_peer_has_what_a_bench_asks_of_it():
     assert candidates.EXTERNAL[:2] == ("plain", "torch:fp16") and len(set(candidates.EXTERNAL)) == len(candidates.EXTERNAL)
     for spec in candidates.EXTERNAL:
-        assert candidates.keeps_residual(spec) == ("powersgd" in spec) and candidates.missing(spec) in (None, candidates.missing("epfml:powersgd4"))
+        assert candidates.rough(spec) == (spec not in ("plain", "torch:fp16")) and (candidates.missing(spec) is None or spec.split(":")[0] in ("epfml", "grace"))
     with pytest.raises(ValueError, match="epfml"):
         candidates.check(["epfml:powersgd3"])

@@ -46,7 +46,7 @@ def wrap(name: str, model: nn.Module, bucket_mb: float) -> DistributedDataParall
     return ddp
 
 
-def keeps_residual(name: str) -> bool:
+def rough(name: str) -> bool:
     return True
 
 

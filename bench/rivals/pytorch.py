@@ -35,7 +35,7 @@ def wrap(name: str, model: nn.Module, bucket_mb: float) -> DistributedDataParall
     return ddp
 
 
-def keeps_residual(name: str) -> bool:
+def rough(name: str) -> bool:
     return name != "fp16"
 
 
