@@ -91,7 +91,9 @@ def test_it_trains_and_times_every_candidate(tmp_path, capfd):
 @pytest.mark.parametrize("argv, words", [
     (["--spec", "int9"], ["int9", "int4"]),
     (["--emulate", "fast"], ["fast", "100mbit"]),
-    (["--rounds", "0"], ["1 round", "--rounds 0"]),
+    (["--rounds", "0"], ["--rounds must be at least 1, got 0"]),
+    (["--task", "gpt,resnet"], ["no task 'gpt,resnet'", "takes one"]),
+    (["--seeds", "0", "--losses", "nowhere.json"], ["--seeds must be at least 1, got 0"]),
 ])
 def test_mistakes_are_named_before_anything_is_trained(argv, words, capfd):
     assert main(["bench", "rivals", *argv]) == 2

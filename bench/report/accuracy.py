@@ -68,7 +68,7 @@ def charts(rows: list[dict], unit: str, seeds: int, colours: Colours) -> Markup:
 
 
 def numbers(rows: list[dict], unit: str) -> Markup:
-    columns = [("spec", False), ("lr", True), (f"loss, {unit}", True), (f"above {rows[0]['spec']}", True), ("in band", False)] + [(title, True) for title in (
+    columns = [("spec", False), ("lr", True), (f"loss, {unit}", True), (f"above {rows[0]['spec']}", True), (f"in {rows[0]['spec']}'s band", False)] + [(title, True) for title in (
         "spread of seeds", "MB a step", "MB to target", "s to target", "step, ms")]
     return table(columns, [[
         row["spec"], f"{row['lr']:g}", fixed(row["loss"], 4), fixed(row["above"], 4, sign=True), "yes" if row["in_band"] else "no", fixed(row["spread"], 4),

@@ -43,8 +43,9 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
     candidates.check(specs)
     if args.task not in tasks.TASKS:
         raise ValueError(f"no task {args.task!r}; there are {', '.join(tasks.TASKS)}, of which this bench takes one")
-    if args.world < 2 or args.rounds < 1:
-        raise ValueError(f"a bench needs at least 2 ranks and 1 round, got --world {args.world} --rounds {args.rounds}")
+    accuracy.check([args.task], args)  # also where nothing is trained: steps of the same sizes are timed
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     link = steps.link_of(args.world, args.emulate)  # a mistake in it is said before hours of training
     trained = read(args.losses, specs) if args.losses else train(args, specs)
     sizes = learning.Sizes.of(args.task, args)
