@@ -125,6 +125,9 @@ def test_each_task_of_accuracy_has_its_own_charts_unit_and_numbers(tmp_path):
     steep = [f.find("svg") for f in root.iter("figure")][3]
     for (a, b), k in zip(points(steep, "plain"), range(1, 9), strict=True):
         assert math.isclose(a, k / 4, rel_tol=0.02) and math.isclose(b, cases.steep(k), rel_tol=0.03), "300 and 0.1 are read from one axis"
+    [plain] = [g for g in classed(steep, "series") if g.find("title").text == "plain"]
+    heights = sorted(float(marker.get("transform").split(",")[1].rstrip(")")) for marker in classed(plain, "marker"))
+    assert all(b - a > 20 for a, b in zip(heights, heights[1:])), "what comes after the first evaluation lies on the axis"
 
 
 def rows_of(root: xml.Element, index: int = 0) -> dict[str, list[str]]:
