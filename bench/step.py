@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="of a layer; channels of resnet's first stage. Defaults: those of the model")
     parser.add_argument("--layers", type=int, help="of the model; blocks per stage of resnet")
     parser.add_argument("--batch", type=int, help="per rank and step")
-    parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb; default: 1, so that buckets travel during backward as in a large model; of sleeping 0.6, one for each layer")
+    parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb; default: 1, so that buckets travel during backward as in a large model; of stack DDP's own 25, of sleeping 0.6, one for each layer")
     parser.add_argument("--optimizer", default="sgd", choices=training.OPTIMIZERS, help="sgd has momentum 0.9")
     parser.add_argument("--rounds", type=int, default=6, help=f"turns of every candidate, of {training.STEPS} measured steps")
     parser.add_argument("--timeout", type=float, help="seconds for everything; default: what plain DDP would take, and some more")

@@ -247,11 +247,11 @@ def row(c: Candidate, emulated: bool) -> dict:
     }
 
 
-def kernels_in_use() -> str:
-    """What serves the ops, e.g. "cpu (avx512)"."""
+def kernels_in_use(device: str = "cpu") -> str:
+    """What serves the ops on this kind of device, e.g. "cpu (avx512)"."""
     from commopt import backends
 
-    names = sorted(set(backends.owners("cpu").values()))
+    names = sorted(set(backends.owners(device).values()))
     if "cpu" in names:
         from commopt import _C
 

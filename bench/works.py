@@ -4,6 +4,7 @@
     lstm       ByteLSTM on the same
     mlp        a multilayer perceptron on waves of ten directions, see images.py
     resnet     ResNet with batch normalization on the same
+    stack      linear layers on noise, in DDP's default buckets: few rows, so that a step is mostly communication
     sleeping   emulated computation that costs no processor: layers of 20 ms forward and 30 ms backward, of 0.625 MiB each
 """
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import images, text
-from .models import ByteGPT, ByteLSTM, Perceptron, ResNet, Sleeping, next_byte_loss
+from .models import ByteGPT, ByteLSTM, Perceptron, ResNet, Sleeping, Stack, next_byte_loss
 from .steps import Work
 
 CONTEXT = 128  # bytes that a model of text sees at once
@@ -60,6 +61,10 @@ def _images(width: int, size: int):
     return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), lambda generator: images.batch(size, generator)
 
 
+def _noise(width: int, size: int):
+    return lambda model, x: model(x).square().mean(), lambda generator: torch.randn(size, width, generator=generator)
+
+
 def _values(width: int, size: int):
     """Values that the layers are to turn into ones."""
     return lambda model, x: 0.5 * (model(x) - 1).square().sum(), lambda generator: 0.5 + torch.rand(320, width, generator=generator)
@@ -70,5 +75,6 @@ KINDS = {
     "lstm": Kind(ByteLSTM, _bytes, 256, 2, 8),
     "mlp": Kind(Perceptron, _images, 512, 4, 32),
     "resnet": Kind(ResNet, _images, 16, 3, 16),
+    "stack": Kind(Stack, _noise, 1280, 15, 8, bucket_mb=25.0),
     "sleeping": Kind(Sleeping, _values, 512, 8, 1, bucket_mb=0.6),
 }

@@ -68,9 +68,11 @@ class Clock:
     @contextlib.contextmanager
     def _counted(self, name: str, begin: float | None = None) -> Iterator[None]:
         begin = time.perf_counter() if begin is None else begin
-        with record_function(f"commopt::{name}"):
-            yield
-        self.seconds[name] += time.perf_counter() - begin
+        try:
+            with record_function(f"commopt::{name}"):
+                yield
+        finally:  # the last phase ends with StopIteration
+            self.seconds[name] += time.perf_counter() - begin
 
 
 class Stream:
