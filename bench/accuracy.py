@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="backward passes that a step's batch is divided into")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
     parser.add_argument("--eval-every", type=int, default=100)
-    parser.add_argument("--emulate", metavar="RATE", help="over a shaped link, such as 100mbit; needs root")
+    parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for everything")
 
 

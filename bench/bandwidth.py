@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-w", "--warmup_iters", type=int, default=5, help="exchanges before these, not timed")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the gradient")
     parser.add_argument("--backend", choices=BACKENDS, help="default: gloo; under torchrun nccl where each rank has a GPU")
-    parser.add_argument("--emulate", metavar="RATE", help="over a link shaped to RATE per rank, such as 1gbit; needs root. Default: the loopback")
+    parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
     parser.add_argument("--world", type=int, help="number of ranks that are started; default 2")
     parser.add_argument("--timeout", type=float, help="seconds for everything; default: by the sizes and the rate")
 

@@ -42,7 +42,7 @@ WIDTH = 2560  # of a row of the bucket: a layer's
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", default=SPECS, help="specs, separated by blanks or by commas before a name; none is always run")
-    parser.add_argument("--emulate", metavar="RATE", help="over a link shaped to RATE per rank, such as 1gbit; needs root. Default: the loopback")
+    parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
     parser.add_argument("--world", type=int, default=2, help="number of ranks")
     parser.add_argument("--machine", type=int, default=1, help="ranks on each machine, which share its link; a divisor of --world")
     parser.add_argument("--rows", type=int, default=2560, help=f"rows of {WIDTH} float32 in the bucket; 2560 make 25 MiB")

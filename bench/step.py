@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", default="none,int8",
                         help=f"specs, separated by blanks or by commas before a name; beside ours: {', '.join(candidates.EXTERNAL)}; plain is always run")
     parser.add_argument("--schedule", default="pipelined,priority,decoupled", help=f"of {', '.join(commopt.schedules())}, separated likewise; ours are run under each")
-    parser.add_argument("--emulate", metavar="RATE", help="over a link shaped to RATE per rank, such as 1gbit; needs root. Default: the loopback")
+    parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
     parser.add_argument("--world", type=int, default=2, help="number of ranks")
     parser.add_argument("--width", type=int, help="of a layer; channels of resnet's first stage. Defaults: those of the model")
     parser.add_argument("--layers", type=int, help="of the model; blocks per stage of resnet")
