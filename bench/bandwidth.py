@@ -6,7 +6,27 @@ all-reduce, verified and then timed.
 
 Alone it starts its own ranks, on the loopback or an emulated network. Under torchrun it joins the group, on GPUs with NCCL where
 there are any, and rank 0 shows the result. `plain` is the backend's all-reduce; a spec may choose its collective, as
-topk:ratio=0.01,collective=gather does, and the column says which one has run. bench/README.md defines the columns.
+topk:ratio=0.01,collective=gather does, and a column says which one has run. Small gradients, which are not compressed, have `sum`.
+
+With n ranks, S the bytes of the gradient and W those that a rank hands to the network in one exchange, by the collective's own
+account and of the rank that has most:
+
+    size, count  S, and elements; sizes are powers of 1024, as K, M and G say
+    time         median over the iterations of the slowest rank's time, from a beginning together to the mean; min: the least
+    algbw        W n / (2 (n - 1)) / time: size / time of an uncompressed all-reduce that would send as many bytes
+    busbw        algbw 2 (n - 1) / n = W / time: what a rank sends in a second, to be compared with its link. `plain` and `none` send
+                 W = 2 (n - 1) / n S, so that both are as nccl-tests has them
+    #wrong       elements of the mean that are not what they must be, on any rank; with one of them nothing is timed, and the exit
+                 status is 1. wrong.py says what they must be
+    effbw        S / time: what of the gradient is averaged in a second, whatever travels for it
+    wire         W; of `plain` that of a ring
+    counted      bytes that leave the interface in an exchange, protocol headers included (with --emulate), the least of the
+                 iterations. From 256 KiB of W on 5 % between the two is an error; below, headers and greetings are more
+    floor        W / rate (with --emulate)
+    encode, comm, decode
+                 medians of the slowest rank's time in phases that end with rows on their way, of rows under way, and after the
+                 last, as in handle.stats(); they overlap, with each other and between ranks. Not of a GPU
+
 """
 
 import argparse

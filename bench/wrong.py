@@ -1,12 +1,12 @@
 """#wrong, as nccl-tests counts it: the elements of a mean that are not what they must be.
 
-With W ranks, u = 2^-24 and u' the rounding of the gradient's dtype (2^-24 of float32, 2^-12 of fp16, 2^-9 of bf16):
+With n ranks, u = 2^-24 and u' the rounding of the gradient's dtype (2^-24 of float32, 2^-12 of fp16, 2^-9 of bf16):
 
     all          rank r's bits are those of rank 0
-    exact        |mean - exact| <= (W + 1) u' mean|x|, exact being computed in float64 by each rank from all ranks' gradients,
-                 which it makes itself from their seeds: W roundings of a sum in any order, one of the division
+    exact        |mean - exact| <= (n + 1) u' mean|x|, exact being computed in float64 by each rank from all ranks' gradients,
+                 which it makes itself from their seeds: n roundings of a sum in any order, one of the division
     with error feedback
-                 |(what was sent) + (what is kept) - (what there was)| <= 8 W u (mean|x| + mean|kept| + |sent| + rms(x)) + u' |sent|,
+                 |(what was sent) + (what is kept) - (what there was)| <= 8 n u (mean|x| + mean|kept| + |sent| + rms(x)) + u' |sent|,
                  means over the ranks, sums over two exchanges, of which the second sends what the first has kept: float32
                  roundings of what was added up, those of neighbours where a method mixes them, and of a mean in a shorter dtype
     other lossy  the bits that the reference kernels and the same collective give in one process, from all ranks' gradients;
