@@ -1,125 +1,151 @@
-"""What compression costs in loss: the same byte-level GPT, from the same seeds, on the same batches, with each spec.
+"""What compression costs in loss: the same model, from the same seeds, on the same batches, with each spec.
 
-    python -m commopt bench accuracy --spec plain,int8,topk:ratio=0.01 --steps 400 --seeds 3
+    python -m commopt bench accuracy --spec plain,int8,topk:ratio=0.01 --seeds 3
+    python -m commopt bench accuracy --task recommender,resnet,gpt --spec recommended --seeds 3 --tune
 
-`plain` is DDP without a hook; `torch:powersgd1` and `torch:fp16` are PyTorch's own hooks. The text is the standard
-library's source, and the loss is that of held-out files in nats per byte. The line of a table is the mean over the seeds.
+`plain` is DDP without a hook; `torch:powersgd1`, `torch:fp16` and so on are PyTorch's own hooks.
 
-AdamW with a learning rate that rises over the first tenth of the steps and falls to zero along a cosine: with a constant
-one, runs that differ by 1e-6 in their first parameters end some hundredths of a nat apart, and nothing could be told from
-a difference between two specs; with this one they end within 0.0001.
+    loss        of what was held out, mean over the seeds
+    above       loss - loss of the first spec
+    band        from the least to the greatest loss of the first spec's seeds. in it: whether loss is at most the greatest
+    spread      greatest - least of the spec's own seeds
+    lr          highest learning rate: --lr, or the task's; with --tune, of half of it, itself and twice as much, the one with the
+                least loss after half of the steps from a seed that is not judged: for every spec, the first too
+    sent        MB that a rank hands to the network in a step, by the candidate's own account
+    target      the loss that the first spec has after three quarters of its steps. MB and s to it: what a rank has sent and how
+                long training has taken, evaluations left out, when the mean of the seeds gets there; linear between evaluations
+
 """
 
 import argparse
-import contextlib
-import math
 import statistics
-import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import commopt
 
-from . import candidates, launch, link, text
-from .models import ByteGPT, next_byte_loss
-from .steps import check_same
+from . import candidates, launch, learning, link, tasks, works
+from .steps import cell, link_of
 
-JUDGED = 256  # held-out stretches that the loss is taken over, the same for all
+__doc__ += tasks.__doc__
+
+OURS = ("int8", "int4", "mxfp4", "topk:ratio=0.3,values=int4,warmup=0", "topk:ratio=0.01", "powersgd:rank=16,values=int8")
+RECOMMENDED = ("plain", "torch:fp16", "torch:bf16", "torch:powersgd1", "torch:powersgd4", "torch:powersgd16", *OURS)
+TARGET = 0.75  # of the first spec's steps
+EVALUATIONS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--spec", default="plain,int8,topk:ratio=0.01", help=f"specs, separated by blanks or by commas before a name; beside ours: {', '.join(candidates.EXTERNAL)}")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--task", default="gpt", help=f"of {', '.join(tasks.TASKS)}, separated by commas")
+    parser.add_argument("--spec", default="plain,int8,topk:ratio=0.01",
+                        help=f"specs, separated by blanks or by commas before a name; beside ours: {', '.join(candidates.EXTERNAL)}; "
+                             f"recommended: plain, PyTorch's hooks, and of ours {' '.join(OURS)}")
+    parser.add_argument("--steps", type=int, help="default: the task's")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3, help="the highest, of AdamW, the same for every spec")
-    parser.add_argument("--batch", type=int, default=8, help="stretches of text per rank and step")
-    parser.add_argument("--width", type=int, default=128, help="of the GPT; 128 gives 1.1M parameters")
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--lr", type=float, help="the highest, the same for every spec; default: the task's")
+    parser.add_argument("--tune", action="store_true", help="find each spec's own learning rate first")
+    parser.add_argument("--batch", type=int, help="per rank and step; default: the task's, like the next two")
+    parser.add_argument("--width", type=int, help="of a layer")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--schedule", default="pipelined", help=f"of ours: {', '.join(commopt.schedules())}")
     parser.add_argument("--accumulate", type=int, default=1, help="backward passes that a step's batch is divided into")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
-    parser.add_argument("--eval-every", type=int, default=100)
+    parser.add_argument("--eval-every", type=int, help="steps; default: an eighth of them")
     parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
-    parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for everything")
+    parser.add_argument("--timeout", type=float, default=6 * 3600.0, help="seconds for everything")
 
 
 def main(args: argparse.Namespace) -> tuple[dict, str]:
     """The result, and the table that shows it."""
-    specs = launch.split_specs(args.spec)
+    specs = _specs(args.spec)
+    chosen = args.task.split(",")
+    if unknown := [task for task in chosen if task not in tasks.TASKS]:
+        raise ValueError(f"no task {unknown[0]!r}; there are {', '.join(tasks.TASKS)}")
+    if len(chosen) > 1 and any(value is not None for value in (args.lr, args.batch, args.width, args.layers)):
+        raise ValueError("--lr, --batch, --width and --layers are those of one task: give one --task, or leave them out")
+    if args.tune and args.lr is not None:
+        raise ValueError("--tune finds the learning rates: leave --lr out")
+    if min(args.seeds, args.accumulate, args.world - 1, *(v for v in (args.steps, args.batch, args.eval_every) if v is not None)) < 1:
+        raise ValueError(f"a bench needs at least 2 ranks, 1 seed, 1 step and 1 pass, got --world {args.world} --seeds {args.seeds} --steps {args.steps} "
+                         f"--accumulate {args.accumulate} --batch {args.batch} --eval-every {args.eval_every}")
+    settings = {k: v for k, v in vars(args).items() if not callable(v)} | {"specs": specs, "tasks": chosen}
+    result = launch.run("commopt.bench.accuracy", settings, args.world, timeout=args.timeout, link=link_of(args.world, args.emulate))
+    return result, "\n\n".join(table(one) for one in result["results"])
+
+
+def _specs(text: str) -> list[str]:
+    specs = list(RECOMMENDED) if text == "recommended" else launch.split_specs(text)
     candidates.check(specs)
-    settings = vars(args) | {"specs": specs}
-    shaped = link.Link(args.world, args.emulate) if args.emulate else None
-    result = launch.run("commopt.bench.accuracy", {k: v for k, v in settings.items() if not callable(v)}, args.world, timeout=args.timeout, link=shaped)
-    return result, table(result)
+    return specs
+
+
+def judged(result: dict) -> list[dict[str, Any]]:
+    """A row for each spec of one task's result, as the module's docstring defines them."""
+    rows: list[dict[str, Any]] = []
+    for spec, runs in result["runs"].items():
+        losses = [run["curve"][-1]["loss"] for run in runs]
+        curve = [{key: statistics.mean(run["curve"][i][key] for run in runs) for key in ("step", "loss", "seconds", "bytes")} for i in range(len(runs[0]["curve"]))]
+        mean = lambda key: statistics.mean(run[key] for run in runs)
+        rows.append({"spec": spec, "lr": runs[0]["lr"], "loss": statistics.mean(losses), "least": min(losses), "greatest": max(losses), "curve": curve,
+                     "sent": mean("bytes_per_step"), "seconds_per_step": mean("seconds_per_step")})
+    first = rows[0]
+    target = _at(first["curve"], "step", TARGET * first["curve"][-1]["step"], "loss")
+    for row in rows:
+        reached = {key: _at(row["curve"], "loss", target, key) for key in ("bytes", "seconds")}
+        row |= {"above": row["loss"] - first["loss"], "in_band": row["loss"] <= first["greatest"], "target": target,
+                "bytes_to_target": reached["bytes"], "seconds_to_target": reached["seconds"]}
+    return rows
+
+
+def _at(curve: list[dict[str, float]], along: str, value: float, key: str) -> float | None:
+    """The key where `along` first reaches the value, from either side, linear between the points; None if it does not."""
+    for before, after in zip(curve, curve[1:]):
+        low, high = sorted((before[along], after[along]))
+        if low <= value <= high and high > low:
+            share = (value - before[along]) / (after[along] - before[along])
+            return before[key] + share * (after[key] - before[key])
+    return curve[0][key] if along == "loss" and curve[0]["loss"] <= value else None
 
 
 def table(result: dict) -> str:
-    """One line per spec: mean final loss, its difference to the first spec's, the spread over the seeds, bytes and time."""
-    base = None
-    lines = [f"{'spec':28} {'loss':>8} {'difference':>10} {'spread':>8} {'MB sent/step':>12} {'ms/step':>8} {'seconds':>8}"]
-    for spec, runs in result["runs"].items():
-        losses = [run["curve"][-1]["loss"] for run in runs]
-        loss = statistics.mean(losses)
-        base = loss if base is None else base
-        sent, step = (statistics.mean(run[k] for run in runs) for k in ("bytes_per_step", "seconds_per_step"))
-        lines.append(f"{spec:28} {loss:8.4f} {loss - base:+10.4f} {max(losses) - min(losses):8.4f} {sent / 1e6:12.3f} "
-                     f"{1e3 * step:8.1f} {statistics.mean(run['seconds'] for run in runs):8.1f}")
-    what = result["what"]
-    return "\n".join(lines + [f"{what['parameters'] / 1e6:.2f}M parameters, {what['world']} ranks, {what['steps']} steps, {what['seeds']} seed(s), "
-                              f"AdamW lr {what['lr']} with warm-up and cosine, schedule {what['schedule']}, {what['accumulate']} pass(es) a step, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}"])
+    """One line per spec."""
+    rows, what = judged(result), result["what"]
+    width = max(28, *(len(row["spec"]) + 1 for row in rows))
+    lines = [f"{what['task']:{width}}{'lr':>8}{'loss':>9}{'above':>9}{'in band':>9}{'spread':>8}{'sent MB':>9}{'MB to target':>14}{'s to target':>13}{'ms/step':>9}"]
+    for row in rows:
+        lines.append(f"{row['spec']:{width}}{row['lr']:>8g}{row['loss']:>9.4f}{row['above']:>+9.4f}{'yes' if row['in_band'] else 'no':>9}"
+                     f"{row['greatest'] - row['least']:>8.4f}{row['sent'] / 1e6:>9.3f}" + cell(row["bytes_to_target"] and row["bytes_to_target"] / 1e6, 14, 1)
+                     + cell(row["seconds_to_target"], 13, 1) + f"{1e3 * row['seconds_per_step']:>9.1f}")
+    first = rows[0]
+    lines.append(f"band {first['least']:.4f} to {first['greatest']:.4f}, target {first['target']:.4f}; {what['parameters'] / 1e6:.2f}M parameters, {what['world']} ranks, "
+                 f"{what['steps']} steps of {what['batch']} per rank in {what['accumulate']} pass(es), {what['seeds']} seed(s), learning rate {what['tuned']}, "
+                 f"schedule {what['schedule']}, link {what['link']}, torch {what['torch']}, commopt {what['commopt']}")
+    return "\n".join(lines)
 
 
-def train(spec: str, seed: int, args: argparse.Namespace) -> dict:
-    """One training run on this rank; the held-out loss, seconds and bytes so far at every `eval_every`-th step."""
-    rank = dist.get_rank()
-    torch.manual_seed(seed)
-    ddp, handle = candidates.wrap(spec, ByteGPT(args.width, args.layers), seed=seed, bucket_mb=args.bucket_mb, schedule=args.schedule)
-    optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
-    training, held_out = text.standard_library()
-    batches = torch.Generator().manual_seed(1000 * seed + rank)
-    judged = text.batch(held_out, JUDGED, ddp.module.context, torch.Generator().manual_seed(0))
-    curve, seconds = [], 0.0
-    for step in range(1, args.steps + 1):
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        parts = text.batch(training, args.batch, ddp.module.context, batches).chunk(args.accumulate)
-        for i, part in enumerate(parts):
-            with ddp.no_sync() if i < len(parts) - 1 else contextlib.nullcontext():
-                (next_byte_loss(ddp, part) * (len(part) / args.batch)).backward()
-        optimizer.step()
-        schedule.step()
-        seconds += time.perf_counter() - begin
-        if step % args.eval_every == 0 or step == args.steps:
-            with torch.no_grad():
-                value = next_byte_loss(ddp.module, judged).item()
-            sent = candidates.bytes_per_step(spec, ddp, handle) * step
-            curve.append({"step": step, "loss": value, "seconds": seconds, "bytes": sent})
-            launch.progress(f"{spec} seed {seed}: step {step}/{args.steps}, loss {value:.4f}")
-    if handle:
-        handle.flush()
-    check_same(spec, torch.cat([p.detach().flatten() for p in ddp.parameters()]), f"parameters after {args.steps} steps")
-    sent = curve[-1]["bytes"]
-    return {"curve": curve, "seconds": seconds, "seconds_per_step": seconds / args.steps, "bytes_per_step": sent / args.steps}
-
-
-def rate(step: int, steps: int) -> float:
-    """The learning rate of a step, as a fraction of the highest."""
-    return min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def learn(task: str, args: argparse.Namespace) -> dict[str, Any]:
+    """In a worker: all runs of one task."""
+    what, sizes = tasks.TASKS[task], learning.Sizes.of(task, args)
+    steps = args.steps or what.steps
+    settings = argparse.Namespace(**vars(args) | {"eval_every": args.eval_every or max(1, steps // EVALUATIONS)})
+    runs: dict[str, list] = {}
+    for spec in args.specs:
+        lr = learning.tuned(task, spec, sizes, settings, steps) if args.tune else args.lr or what.lr
+        runs[spec] = [learning.train(task, spec, seed, sizes, settings, steps, lr) for seed in range(args.seeds)]
+    return {"what": {
+        "task": task, "parameters": works.parameters(task, sizes.width, sizes.layers), "world": args.world, "steps": steps, "seeds": args.seeds,
+        "tuned": "tuned for each spec" if args.tune else "of the task" if args.lr is None else "given", "schedule": args.schedule,
+        "accumulate": args.accumulate, "bucket_mb": args.bucket_mb, **sizes._asdict(), "link": args.emulate or "loopback",
+        "torch": torch.__version__, "commopt": commopt.__version__}, "runs": runs}
 
 
 def worker() -> None:
     args = argparse.Namespace(**launch.worker_arguments())
     dist.init_process_group("gloo")
-    runs = {spec: [] for spec in args.specs}
-    for seed in range(args.seeds):
-        for spec in args.specs:
-            runs[spec].append(train(spec, seed, args))
-    what = {"parameters": sum(p.numel() for p in ByteGPT(args.width, args.layers).parameters()), "world": args.world, "steps": args.steps,
-            "seeds": args.seeds, "lr": args.lr, "schedule": args.schedule, "accumulate": args.accumulate, "bucket_mb": args.bucket_mb, "link": args.emulate or "loopback", "torch": torch.__version__, "commopt": commopt.__version__}
-    launch.finish({"what": what, "runs": runs})
+    launch.finish({"results": [learn(task, args) for task in args.tasks]})
     dist.destroy_process_group()
 
 

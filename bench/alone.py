@@ -8,30 +8,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commopt.collectives import prepare
 from commopt.collectives.link import Link
+from commopt.collectives.phases import Phases
 
-from .exchange import plan
+from .exchange import plan, prepared
 
 
-def mean(spec: str, shape: tuple[int, int], gradients: list[Tensor], step: int, nodes: tuple[tuple[int, ...], ...]) -> Tensor:
-    """Of the gradients of all ranks, on the CPU, in the step with this number. Nothing is kept from earlier steps."""
+def mean(spec: str, shape: tuple[int, int], gradients: list[Tensor], step: int, nodes: tuple[tuple[int, ...], ...], whole: bool) -> Tensor:
+    """Of the gradients of all ranks, on the CPU, in the step with this number. Nothing is kept from earlier steps. whole: not
+    in pieces."""
     before = os.environ.get("COMMOPT_BACKEND")
     os.environ["COMMOPT_BACKEND"] = "reference"
     try:
-        return _mean(spec, shape, [x.clone() for x in gradients], step, nodes)
+        return _mean(spec, shape, [x.clone() for x in gradients], step, nodes, whole)
     finally:
         os.environ.pop("COMMOPT_BACKEND") if before is None else os.environ.update(COMMOPT_BACKEND=before)
 
 
-def _mean(spec: str, shape: tuple[int, int], xs: list[Tensor], step: int, nodes: tuple[tuple[int, ...], ...]) -> Tensor:
-    memory, everyone, running = _Memory(), tuple(range(len(xs))), []
-    for rank, x in enumerate(xs):
-        its = plan(0, spec, shape, x.dtype, x.device, rank, len(xs), nodes)
-        its.step = step
-        running.append(prepare(its).begin(_Between(memory, everyone, rank), x, its.fresh_residual()))
-    failed = [None] * len(xs)
-    while running:  # each phase of all ranks before the next of any
+def _mean(spec: str, shape: tuple[int, int], xs: list[Tensor], step: int, nodes: tuple[tuple[int, ...], ...], whole: bool) -> Tensor:
+    ranks = [prepared(plan(0, spec, shape, x.dtype, x.device, rank, len(xs), nodes), whole) for rank, x in enumerate(xs)]
+    for pieces in zip(*ranks):
+        memory, everyone, running = _Memory(), tuple(range(len(xs))), []
+        for rank, (piece, x) in enumerate(zip(pieces, xs)):
+            piece.plan.step, span = step, slice(piece.plan.start, piece.plan.start + piece.plan.n)
+            running.append(piece.begin(_Between(memory, everyone, rank), x[span], None))
+        _run(running)
+    return xs[0]
+
+
+def _run(running: list[Phases]) -> None:
+    """Each phase of all ranks before the next of any."""
+    failed: list[Exception | None] = [None] * len(running)
+    while True:
         begun = []
         for phases, wrong in zip(running, failed):
             try:
@@ -39,9 +47,8 @@ def _mean(spec: str, shape: tuple[int, int], xs: list[Tensor], step: int, nodes:
             except StopIteration:
                 begun.append(None)
         if None in begun:
-            break
+            return
         failed = [pending.wait() for pending in begun]
-    return xs[0]
 
 
 class _Memory:

@@ -9,7 +9,8 @@ import commopt
 from commopt.compressors import STEADY
 
 POWERSGD = {f"torch:powersgd{rank}": rank for rank in (1, 2, 4, 8, 16)}
-EXTERNAL = ("plain", "torch:fp16", *POWERSGD)
+CASTS = {"torch:fp16": default_hooks.fp16_compress_hook, "torch:bf16": default_hooks.bf16_compress_hook}
+EXTERNAL = ("plain", *CASTS, *POWERSGD)
 POWERSGD_STARTS = 2  # the first step that it compresses; the least it accepts
 
 
@@ -30,8 +31,8 @@ def wrap(
     if spec in POWERSGD:
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWERSGD[spec], start_powerSGD_iter=POWERSGD_STARTS)
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    elif spec == "torch:fp16":
-        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif spec in CASTS:
+        ddp.register_comm_hook(None, CASTS[spec])
     elif spec != "plain":
         compressor = commopt.parse(spec)
         handle = commopt.attach(ddp, compressor.at(STEADY) if steady else compressor, seed=seed, schedule=schedule)
@@ -46,7 +47,7 @@ def bytes_per_step(spec: str, ddp: DistributedDataParallel, handle: commopt.Stat
         return stats["bytes_wire"] / stats["steps"]
     ring = 2 * (dist.get_world_size() - 1) / dist.get_world_size()
     if spec not in POWERSGD:
-        return ring * (2 if spec == "torch:fp16" else 4) * sum(p.numel() for p in ddp.parameters())
+        return ring * (2 if spec in CASTS else 4) * sum(p.numel() for p in ddp.parameters())
     return ring * 4 * sum(_powersgd_values(p.shape, POWERSGD[spec]) for p in ddp.parameters())
 
 

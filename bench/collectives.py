@@ -107,7 +107,7 @@ def worker() -> None:
         candidates = []
         for spec in arguments["specs"]:
             launch.progress(f"{spec}: verifying")
-            candidates.append(Candidate(Ours(spec, shape, torch.float32, gradient.device, traffic, nodes), [], []))
+            candidates.append(Candidate(Ours(spec, shape, torch.float32, gradient.device, traffic, nodes, whole=True), [], []))
             wrong.check(candidates[-1].bucket, wrong.Gradients(make, gradient.device, shape, nodes, group))
         dist.barrier()
     dist.barrier()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commopt.collectives import prepare
+from commopt.collectives.phases import Prepared
 from commopt.compressors import STEADY, parse
 from commopt.hooks.traffic import Traffic
 from commopt.plan import Parameter, Plan
@@ -39,12 +40,15 @@ class Plain:
 
 
 class Ours:
-    """A plan and its residual, as a DDP hook has them, past any warm-up that the spec prescribes."""
+    """A plan and its residual, as a DDP hook has them, past any warm-up that the spec prescribes. whole: not in pieces."""
 
-    def __init__(self, spec: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, traffic: Traffic, nodes: tuple[tuple[int, ...], ...]):
-        self.spec, self.traffic, self._began = spec, traffic, 0.0
+    def __init__(
+        self, spec: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, traffic: Traffic, nodes: tuple[tuple[int, ...], ...],
+        whole: bool = False,
+    ):
+        self.spec, self.traffic, self.whole, self._began = spec, traffic, whole, 0.0
         self.plan = plan(next(_numbers), spec, shape, dtype, device, traffic.rank, traffic.world, nodes)
-        self.prepared, self.residual = prepare(self.plan), self.plan.fresh_residual()
+        self.pieces, self.residual = prepared(self.plan, whole), self.plan.fresh_residual()
 
     @property
     def collective(self) -> str:
@@ -58,17 +62,21 @@ class Ours:
     @property
     def sent(self) -> int:
         """Bytes that this rank hands to the network."""
-        return self.plan.sent
+        return sum(piece.plan.sent for piece in self.pieces)
 
     def exchange(self, x: Tensor) -> None:
         """x <- the mean of all ranks' x."""
         self.plan.step += 1
         self.traffic.reset_clocks()
         begin = time.perf_counter()
-        future = self.traffic.exchange(self.prepared, x, self.residual)
+        futures = []
+        for piece in self.pieces:
+            piece.plan.step, span = self.plan.step, slice(piece.plan.start, piece.plan.start + piece.plan.n)
+            futures.append(self.traffic.exchange(piece, x[span], None if self.residual is None else self.residual[..., span]))
         self._began = time.perf_counter() - begin
-        self.traffic.close_batch()
-        future.wait()
+        self.traffic.close()
+        for future in futures:
+            future.wait()
         self.traffic.alarm.raise_known()
 
     def split(self) -> tuple[float, float, float] | None:
@@ -78,6 +86,11 @@ class Ours:
             return None
         clocks = self.traffic.clocks()
         return clocks["encode"] + self._began, clocks["comm"], clocks["decode"]
+
+
+def prepared(plan: Plan, whole: bool) -> list[Prepared]:
+    """The pieces that a bucket is exchanged in."""
+    return [prepare(piece) for piece in ([plan] if whole else plan.pieces(sums=False))]
 
 
 def plan(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-SIZE, CLASSES = 32, 10
+SIZE, CLASSES, NOISE = 32, 10, 3.0
 
 
 def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -15,4 +15,4 @@ def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     frequency, phase = torch.rand(2, size, 3, 1, 1, generator=generator)
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     waves = torch.sin((0.4 + 0.6 * frequency) * (x * angle.cos() + y * angle.sin()) + 2 * math.pi * phase)
-    return waves + 0.5 * torch.randn(waves.shape, generator=generator), kinds
+    return waves + NOISE * torch.randn(waves.shape, generator=generator), kinds

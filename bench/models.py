@@ -111,6 +111,23 @@ class ResNet(nn.Module):
         return self.head(self.blocks(F.relu(self.norm(self.conv(images)))).mean((2, 3)))
 
 
+class Recommender(nn.Module):
+    """Embeddings of users and items, of which a batch meets few, and a perceptron over both and their product (after He et al.,
+    Neural Collaborative Filtering, WWW 2017): int64 [batch], int64 [batch] -> log-odds of a click, float32 [batch]."""
+
+    def __init__(self, width: int, layers: int, users: int, items: int):
+        super().__init__()
+        self.users, self.items = nn.Embedding(users, width), nn.Embedding(items, width)
+        for table in (self.users, self.items):
+            nn.init.normal_(table.weight, std=0.1)
+        hidden = [layer for _ in range(layers - 1) for layer in (nn.Linear(2 * width, 2 * width), nn.ReLU())]
+        self.tower = nn.Sequential(nn.Linear(3 * width, 2 * width), nn.ReLU(), *hidden, nn.Linear(2 * width, 1))
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        u, i = self.users(users), self.items(items)
+        return self.tower(torch.cat([u, i, u * i], dim=1)).squeeze(1)
+
+
 class ByteLSTM(nn.Module):
     """An LSTM over bytes: int64 [batch, context] -> next-byte logits float32 [batch, context, 256]."""
 

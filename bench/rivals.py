@@ -3,7 +3,7 @@ that trains as well as plain DDP?
 
     python -m commopt bench rivals --emulate 100mbit
 
-1. Loss: the byte-level GPT is trained with each spec, as `bench accuracy` does it, over the loopback. A spec is in the band
+1. Loss: --task, by default the byte-level GPT, is trained with each spec, as `bench accuracy` does it, over the loopback. A spec is in the band
    if its mean loss over the seeds is at most --band nats above plain DDP's. --losses takes it from earlier runs instead.
 2. Communication: steps of the same model on the same text over the link, all candidates in turns.
    Buckets are of --bucket-mb, so that all but the last can travel during the backward pass, as they do in a larger model.
@@ -18,13 +18,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from . import accuracy, candidates, launch, steps, works
+from . import accuracy, candidates, launch, learning, steps, tasks, works
 from .steps import cell
 
 __doc__ += steps.__doc__
 
 OURS = "int8,int4,mxfp4,topk:ratio=0.3,values=int4,warmup=0,powersgd:rank=16,values=int8"
-SAME = ("parameters", "world", "steps", "seeds", "lr", "bucket_mb")  # in which files of losses must agree
+SAME = ("task", "parameters", "world", "steps", "seeds", "tuned", "bucket_mb")  # in which files of losses must agree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +39,16 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
     """The result, and the table that shows it."""
     specs = list(dict.fromkeys(["plain", *launch.split_specs(args.spec)]))
     candidates.check(specs)
+    if args.task not in tasks.TASKS:
+        raise ValueError(f"no task {args.task!r}; there are {', '.join(tasks.TASKS)}, of which this bench takes one")
     if args.world < 2 or args.rounds < 1:
         raise ValueError(f"a bench needs at least 2 ranks and 1 round, got --world {args.world} --rounds {args.rounds}")
     link = steps.link_of(args.world, args.emulate)  # a mistake in it is said before hours of training
     trained = read(args.losses, specs) if args.losses else train(args, specs)
-    arguments = {"specs": specs, "width": args.width, "layers": args.layers, "batch": args.batch, "bucket_mb": args.bucket_mb, "rounds": args.rounds,
+    sizes = learning.Sizes.of(args.task, args)
+    arguments = {"specs": specs, "task": args.task, **sizes._asdict(), "bucket_mb": args.bucket_mb, "rounds": args.rounds,
                  "rate": args.emulate, "world": args.world, "timeout": args.timeout}
-    result = steps.compare("commopt.bench.rivals", arguments, works.parameters("gpt", args.width, args.layers), link)
+    result = steps.compare("commopt.bench.rivals", arguments, works.parameters(args.task, sizes.width, sizes.layers), link)
     result = judged(result, trained, args.band)
     return result, table(result)
 
@@ -53,13 +56,13 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
 def train(args: argparse.Namespace, specs: list[str]) -> dict:
     """The result of bench accuracy."""
     settings = argparse.Namespace(**vars(args) | {"spec": " ".join(specs), "emulate": None, "timeout": args.timeout or 24 * 3600.0})
-    return accuracy.main(settings)[0]
+    return accuracy.main(settings)[0]["results"][0]
 
 
 def read(files: list[str], specs: list[str]) -> dict:
     """The same from files; ValueError unless they belong together and have all specs. What several have, the last one says."""
     found = [json.loads(Path(file).read_text()) for file in files]
-    found = [result.get("trained", result) for result in found]
+    found = [result.get("trained") or result["results"][0] for result in found]
     for file, result in zip(files, found):
         for key in SAME:
             if result["what"].get(key) != found[0]["what"].get(key):
@@ -95,7 +98,7 @@ def table(result: dict) -> str:
                      f"{row['added_ms']:>10.1f}" + cell(row["of_plain"], 10, 3) + cell(row["floor_ms"], 10, 1) + f"{row['step_ms']:>9.1f}")
     trained = result["trained"]["what"]
     lines.append(steps.circumstances(result["what"]))
-    lines.append(f"loss: {trained['parameters'] / 1e6:.2f}M parameters, {trained['world']} ranks, {trained['steps']} steps, {trained['seeds']} seed(s)")
+    lines.append(f"loss: {trained['task']}, {trained['parameters'] / 1e6:.2f}M parameters, {trained['world']} ranks, {trained['steps']} steps, {trained['seeds']} seed(s)")
     return "\n".join([*lines, verdict(result)])
 
 
@@ -108,7 +111,7 @@ def verdict(result: dict) -> str:
 
 def worker() -> None:
     arguments = launch.worker_arguments()
-    steps.serve(works.work("gpt", arguments["width"], arguments["layers"], arguments["batch"]), arguments)
+    steps.serve(works.work(arguments["task"], arguments["width"], arguments["layers"], arguments["batch"]), arguments)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="per rank and step")
     parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb; default: 1, so that buckets travel during backward as in a large model; of stack DDP's own 25, of sleeping 0.6, one for each layer")
     parser.add_argument("--optimizer", default="sgd", choices=training.OPTIMIZERS, help="sgd has momentum 0.9")
+    parser.add_argument("--accumulate", type=int, default=1, help="backward passes of a step, each of a batch; only the last one synchronises")
     parser.add_argument("--rounds", type=int, default=6, help=f"turns of every candidate, of {training.STEPS} measured steps")
     parser.add_argument("--timeout", type=float, help="seconds for everything; default: what plain DDP would take, and some more")
 
@@ -58,14 +59,14 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
     names = list_candidates(launch.split_specs(args.spec), launch.split_specs(args.schedule))
     kind = works.kind(args.model)
     sizes = {key: getattr(kind, key) if getattr(args, key) is None else getattr(args, key) for key in ("width", "layers", "batch", "bucket_mb")}
-    if args.world < 2 or args.rounds < 1 or min(sizes.values()) <= 0:
-        raise ValueError(f"a bench needs at least 2 ranks, 1 round and sizes above 0, got --world {args.world} --rounds {args.rounds} "
+    if args.world < 2 or args.rounds < 1 or args.accumulate < 1 or min(sizes.values()) <= 0:
+        raise ValueError(f"a bench needs at least 2 ranks, 1 round, 1 pass and sizes above 0, got --world {args.world} --rounds {args.rounds} --accumulate {args.accumulate} "
                          + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sizes.items()))
     network = steps.link_of(args.world, args.emulate)
     rate = link.bits_per_second(args.emulate) if args.emulate else None
-    count = len(names) * (training.WARMUP + (args.rounds + 1) * training.TURN)
+    count = len(names) * (training.WARMUP + (args.rounds + 1) * training.TURN) * args.accumulate
     timeout = args.timeout or steps.time_limit(count, works.parameters(args.model, sizes["width"], sizes["layers"]), rate)
-    arguments = {"model": args.model, "candidates": names, "optimizer": args.optimizer, "rounds": args.rounds, "rate": args.emulate, **sizes}
+    arguments = {"model": args.model, "candidates": names, "optimizer": args.optimizer, "accumulate": args.accumulate, "rounds": args.rounds, "rate": args.emulate, **sizes}
     result = compared(launch.run("commopt.bench.step", arguments, args.world, timeout=timeout, link=network), rate)
     return result, table(result) + "\n" + charts(result, marks_for(sys.stdout.encoding))
 
@@ -102,7 +103,7 @@ def table(result: dict) -> str:
                      + f"{row['of_plain']:>10.3f}{row['added_ms']:>10.1f}" + cell(row["exposed_ms"], 12, 1) + f"{row['sent'] / 1e6:>9.3f}"
                      + cell(row["floor_ms"], 10, 1) + cell(row["predicted_ms"], 11, 1) + cell(row["of_p50"], 8, 3)
                      + cell(row["grown"] and row["grown"] / 1e6, 11, 1))
-    lines.append(f"{what['model']} of width {what['width']}, {what['layers']} layers, batch {what['batch']}, {what['optimizer']}, "
+    lines.append(f"{what['model']} of width {what['width']}, {what['layers']} layers, batch {what['batch']}, {what['accumulate']} pass(es) a step, {what['optimizer']}, "
                  f"{training.STEPS} steps a round: " + steps.circumstances(what))
     return "\n".join(lines)
 
@@ -128,10 +129,10 @@ def marks_for(encoding: str | None) -> str:
 def serve(arguments: dict[str, Any]) -> None:
     """In a worker: measures, and hands over what `main` shows."""
     dist.init_process_group("gloo")
-    rate, sizes = arguments["rate"], {key: arguments[key] for key in ("model", "width", "layers", "batch", "bucket_mb", "optimizer")}
+    rate, sizes = arguments["rate"], {key: arguments[key] for key in ("model", "width", "layers", "batch", "bucket_mb", "optimizer", "accumulate")}
     work = works.work(sizes["model"], sizes["width"], sizes["layers"], sizes["batch"])
     unshaped = partial(link.unshaped, rate) if rate else contextlib.nullcontext
-    all_of_them = training.prepare(arguments["candidates"], work, sizes["optimizer"], sizes["bucket_mb"], unshaped)
+    all_of_them = training.prepare(arguments["candidates"], work, sizes["optimizer"], sizes["bucket_mb"], sizes["accumulate"], unshaped)
     training.check(all_of_them)
     training.measure(all_of_them, arguments["rounds"])
     rows = [training.row(c) for c in all_of_them]

@@ -21,20 +21,20 @@ ASCII, BLOCKS = " .+#", " ░▒█"  # a cell that is idle, busy for up to a th
 _BETWEEN = 8  # columns from one number of the axis to the next, at least
 
 
-def record(run: Callable[[], object]) -> tuple[list[Event], float]:
-    """Calls run, which makes several steps. The events of a step and its length, see `period`."""
+def record(run: Callable[[], object], passes: int) -> tuple[list[Event], float]:
+    """Calls run, which makes several steps of so many backward passes. The events of a step and its length, see `period`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else kineto tells stderr when it begins and when it ends
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=everywhere) as profiler:
         run()
     ranges = [(_lane(e.name), e.time_range.start / 1e3, e.time_range.end / 1e3) for e in profiler.events()]
-    return period([r for r in ranges if r[0] in LANES])
+    return period([r for r in ranges if r[0] in LANES], passes)
 
 
-def period(events: list[Event]) -> tuple[list[Event], float]:
-    """What of the events lies between the starts of the last two backwards, counted from the first of these, and the time
-    between them."""
-    begin, end = sorted(start for lane, start, _ in events if lane == "backward")[-2:]
+def period(events: list[Event], passes: int) -> tuple[list[Event], float]:
+    """What of the events lies between the starts of the first backwards of the last two steps, counted from the first of these,
+    and the time between them."""
+    begin, end = sorted(start for lane, start, _ in events if lane == "backward")[-2 * passes :: passes]
     cut = [(lane, max(start, begin) - begin, min(stop, end) - begin) for lane, start, stop in events if start < end and stop > begin]
     return sorted(cut, key=lambda e: (LANES.index(e[0]), e[1:])), end - begin
 
@@ -49,7 +49,7 @@ def chart(events: list[Event], length: float, column: float, marks: str) -> list
     columns = max(1, math.ceil(length / column - 1e-9))
     lines = [f"{'ms':<11}{_axis(length, column)}"]
     for lane in LANES:
-        if busy := _union([(start, stop) for name, start, stop in events if name == lane]):
+        if busy := union([(start, stop) for name, start, stop in events if name == lane]):
             cells = "".join(marks[math.ceil(3 * _overlap(busy, i * column, (i + 1) * column) / column - 1e-6)] for i in range(columns))
             lines.append(f"{lane:<10}|{cells}|{sum(stop - start for start, stop in busy):8.1f}")
     return lines
@@ -65,7 +65,7 @@ def _axis(length: float, column: float) -> str:
     return text
 
 
-def _union(ranges: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def union(ranges: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The same times in ranges that do not overlap, in order."""
     merged: list[tuple[float, float]] = []
     for start, stop in sorted(ranges):

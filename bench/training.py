@@ -4,9 +4,9 @@ A schedule lets communication go on after the optimizer's step, into the next fo
 candidate has a model of its own, from the same seed, and sees the same batches; all ranks begin its turn together. A turn is
 7 consecutive steps, of which 4 are measured; it ends, behind the last measured moment, with handle.flush().
 
-    t[i]      the moment at which the last rank begins the backward of step i of a turn; i = 0, ..., 6
-    step i    t[i + 1] - t[i], for i = 2, ..., 5: a backward, an optimizer step and the next forward, each once, and what of
-              communication they wait for
+    t[i]      the moment at which the last rank begins the first backward of step i of a turn; i = 0, ..., 6
+    step i    t[i + 1] - t[i], for i = 2, ..., 5: a backward, an optimizer step and the next forward, each once (as often as
+              --accumulate says, but for the step), and what of communication they wait for
 
 Before t[0] nothing was under way, so the steps up to t[2] are dropped, two because a schedule may wait one step later: t[2]
 follows a full step, as t[6] does, and what is still under way at the one moment is at the other. The sum of a turn's measured
@@ -45,7 +45,7 @@ OTHER_MATHEMATICS = ("delayed",)  # schedules
 
 @dataclass
 class Candidate:
-    """One row of the table: a model in training. starts: of each turn, when this rank began each backward. waited: seconds of
+    """One row of the table: a model in training. passes: backward passes of a step, of which the last synchronises. starts: of each turn, when this rank began each backward. waited: seconds of
     each turn's measured steps that computation waited for communication."""
 
     spec: str
@@ -54,6 +54,7 @@ class Candidate:
     ddp: DistributedDataParallel
     handle: commopt.State | None
     optimizer: torch.optim.Optimizer
+    passes: int
     grown: int | None = None
     steps: int = 0
     starts: list[list[float]] = field(default_factory=list)
@@ -81,21 +82,25 @@ class Candidate:
     def train(self, steps: int) -> tuple[list[float], float]:
         """Consecutive steps, which all ranks begin together. When each backward began, and for how much of the measured
         time computation has waited. Afterwards nothing is under way."""
-        batches = [self.work.batch(dist.get_rank(), self.steps + i) for i in range(steps)]
+        batches = [self.work.batch(dist.get_rank(), self.steps * self.passes + i) for i in range(steps * self.passes)]
         self.steps += steps
         starts, waited = [], 0.0
         dist.barrier()
-        with self.ddp.no_sync() if self.spec == NO_SYNC else contextlib.nullcontext():
-            for i, batch in enumerate(batches):
+        for i, batch in enumerate(batches):
+            step, number = divmod(i, self.passes)
+            last = number == self.passes - 1
+            with contextlib.nullcontext() if last and self.spec != NO_SYNC else self.ddp.no_sync():
                 with record_function("forward"):
                     loss = self.work.loss(self.ddp, batch)
                 with record_function("backward"):
-                    if i == DROPPED:
-                        waited -= self.exposed()  # takes a while itself, here and below outside of the measured steps
-                    starts.append(time.perf_counter())  # of one clock: the ranks are processes of one machine
-                    if i == steps - 1:
-                        waited += self.exposed()
+                    if number == 0:
+                        if step == DROPPED:
+                            waited -= self.exposed()  # takes a while itself, here and below outside of the measured steps
+                        starts.append(time.perf_counter())  # of one clock: the ranks are processes of one machine
+                        if step == steps - 1:
+                            waited += self.exposed()
                     loss.backward()
+            if last:
                 with record_function("optimizer"):
                     self.optimizer.step()
                     self.optimizer.zero_grad()
@@ -105,14 +110,14 @@ class Candidate:
         return starts, waited
 
 
-def candidate(spec: str, schedule: str | None, work: Work, optimizer: str, bucket_mb: float) -> Candidate:
+def candidate(spec: str, schedule: str | None, work: Work, optimizer: str, bucket_mb: float, passes: int) -> Candidate:
     torch.manual_seed(0)
     ddp, handle = wrap("plain" if spec == NO_SYNC else spec, work.model(), steady=True, bucket_mb=bucket_mb,
                        schedule=schedule or "pipelined")
-    return Candidate(spec, schedule, work, ddp, handle, OPTIMIZERS[optimizer](ddp.parameters()))
+    return Candidate(spec, schedule, work, ddp, handle, OPTIMIZERS[optimizer](ddp.parameters()), passes)
 
 
-def prepare(names: list[tuple[str, str | None]], work: Work, optimizer: str, bucket_mb: float, unshaped: Callable) -> list[Candidate]:
+def prepare(names: list[tuple[str, str | None]], work: Work, optimizer: str, bucket_mb: float, passes: int, unshaped: Callable) -> list[Candidate]:
     """The candidates, warm. unshaped(): a context in which the network is fast; the warm-up is not made there, because
     schedules plan by what it takes."""
     made = []
@@ -124,7 +129,7 @@ def prepare(names: list[tuple[str, str | None]], work: Work, optimizer: str, buc
         launch.progress(f"{spec} {schedule or ''}".strip() + ": warming up")
         growth = resident.growth()
         with unshaped():
-            made.append(candidate(spec, schedule, work, optimizer, bucket_mb))
+            made.append(candidate(spec, schedule, work, optimizer, bucket_mb, passes))
             dist.barrier()
         made[-1].train(WARMUP)
         made[-1].grown = growth()
@@ -180,7 +185,7 @@ def row(c: Candidate) -> dict[str, Any]:
         dist.all_reduce(mine, dist.ReduceOp.MAX)
     times = durations(last.tolist())
     launch.progress(f"timeline: {c.name}")
-    events, period = timeline.record(lambda: c.train(TURN))
+    events, period = timeline.record(lambda: c.train(TURN), c.passes)
     return {
         "spec": c.spec, "schedule": c.schedule, "times_ms": times, **{f"p{p}_ms": percentile(times, p) for p in (50, 75, 90)},
         "sent": float(most[0]), "exposed_ms": float(most[1]) if c.handle else None, "grown": int(most[2]) if c.grown is not None else None,

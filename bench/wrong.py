@@ -67,7 +67,7 @@ def check(c: Ours | Plain, gradients: Gradients) -> None:
     else:
         must = torch.empty_like(mean)
         if rank == 0:
-            must = alone.mean(c.spec, gradients.shape, everyone, c.plan.step, gradients.nodes)
+            must = alone.mean(c.spec, gradients.shape, everyone, c.plan.step, gradients.nodes, c.whole)
         dist.broadcast(must, 0, gradients.talk)
         got, must = sent, must.double()
         allowed = torch.full_like(got, 2.0**-14 * float(had.square().mean().sqrt()) if c.collective == "rounds" else 0.0)

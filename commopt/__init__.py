@@ -3,8 +3,8 @@
 __version__ = "0.1.0"
 
 from .compressors import Compressor, compressors, parse, register, wire_bytes
-from .hooks import State, attach, average, hook
+from .hooks import State, attach, average, hook, jsonl
 from .installation import info
 from .schedulers import schedules
 
-__all__ = ["Compressor", "State", "attach", "average", "compressors", "hook", "info", "parse", "register", "schedules", "wire_bytes"]
+__all__ = ["Compressor", "State", "attach", "average", "compressors", "hook", "info", "jsonl", "parse", "register", "schedules", "wire_bytes"]

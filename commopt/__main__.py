@@ -1,9 +1,11 @@
-"""The command line: `python -m commopt info | wire | bench`. Exit status: 0, 1 for the machine's errors, 2 for the caller's."""
+"""The command line: `python -m commopt info | wire | bench | report`. Exit status: 0, 1 for the machine's errors, 2 for the caller's."""
 
 import argparse
 import importlib
 import json
+import shlex
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +104,28 @@ def _bench(name: str, argv: list[str]) -> int:
     if args.json not in (None, "-") and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json: there is no directory {Path(args.json).resolve().parent}")  # said before hours of work, not after
     found = module.main(args)
-    if found is not None:  # else another rank shows it
-        _show(*found, args.json)
+    if found is None:  # another rank shows it
+        return 0
+    result, text = found
+    named = {"bench": name, "command": shlex.join(["python", "-m", "commopt", "bench", name, *argv]),
+             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    _show(named | result, text, args.json)
     return 0
+
+
+def _report(files: list[str], output: str) -> None:
+    """Writes the page of these files, or prints it for -."""
+    to = Path(output)
+    if output != "-" and not to.resolve().parent.is_dir():
+        raise ValueError(f"-o: there is no directory {to.resolve().parent}")
+    if to.resolve() in [Path(file).resolve() for file in files]:
+        raise ValueError(f"-o: {output} is one of the files to read, and would be lost")
+    text = importlib.import_module("commopt.bench.report").page(files)
+    if output == "-":
+        print(text, end="")
+        return
+    to.write_text(text, encoding="utf-8")
+    print(f"wrote {output}; open it in a browser: {to.resolve().as_uri()}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="measure; `bench NAME --help` tells how", epilog=f"benches:\n{names}",
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
+    command = commands.add_parser("report", help="one HTML page with charts of what benches measured and training runs logged")
+    command.add_argument("files", metavar="FILE", nargs="+", help="of `bench NAME --json FILE`, or of handle.log_to(commopt.jsonl(FILE))")
+    command.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page, report.html by default; - is standard output")
     return parser
 
 
@@ -136,6 +160,9 @@ def main(argv: list[str] | None = None) -> int:
             found = info()
             _show(found, _info_text(found), args.json)
             return 1 if found["errors"] else 0
+        if args.command == "report":
+            _report(args.files, args.output)
+            return 0
         if args.spec is None:
             rows = overview(args.n)
             _show({"specs": rows}, _overview_text(rows), args.json)

@@ -8,7 +8,7 @@ import pytest
 from commopt.__main__ import main
 from commopt.bench import rivals
 
-WHAT = {"parameters": 1000, "world": 2, "steps": 400, "seeds": 2, "lr": 1e-3, "bucket_mb": 1.0}
+WHAT = {"task": "gpt", "parameters": 1000, "world": 2, "steps": 400, "seeds": 2, "tuned": "of the task", "bucket_mb": 1.0}
 TINY = ["--spec", "torch:fp16,torch:powersgd1,int8,powersgd:rank=2", "--width", "32", "--layers", "1", "--batch", "2", "--rounds", "2"]
 
 
@@ -51,14 +51,14 @@ def test_losses_are_read_from_files_that_belong_together(tmp_path):
         (tmp_path / name).write_text(json.dumps(result))
         return str(tmp_path / name)
 
-    a = file("a", trained({"plain": (2.0,), "int8": (2.1,)}))
+    a = file("a", {"results": [trained({"plain": (2.0,), "int8": (2.1,)})]})
     b = file("b", {"rows": [], "trained": trained({"int8": (2.2,), "int4": (2.3,)})})
     runs = rivals.read([a, b], ["plain", "int4", "int8"])["runs"]
     assert {spec: of[0]["curve"][-1]["loss"] for spec, of in runs.items()} == {"plain": 2.0, "int4": 2.3, "int8": 2.2}
     with pytest.raises(ValueError, match="none of the files has sign, only plain, int8"):
         rivals.read([a], ["plain", "sign"])
     with pytest.raises(ValueError, match="has steps 30, and .* has 400"):
-        rivals.read([a, file("c", trained({}, steps=30))], ["plain"])
+        rivals.read([a, file("c", {"results": [trained({}, steps=30)]})], ["plain"])
 
 
 def test_it_trains_and_times_every_candidate(tmp_path, capfd):
@@ -72,6 +72,10 @@ def test_it_trains_and_times_every_candidate(tmp_path, capfd):
     assert sent["plain"] == 4 * result["what"]["parameters"] > 3 * sent["int8"] > 0 and sent["powersgd:rank=2"] < sent["int8"]
     assert all(len(row["times_ms"]) == 2 and abs(row["above_plain"]) < 0.5 for row in result["rows"])
     assert capfd.readouterr().out.splitlines()[-1].startswith("within 0.02 nats of plain DDP: of ours ")
+
+    assert main(["report", file, "-o", "-"]) == 0
+    page = capfd.readouterr().out
+    assert all(f"<title>{spec}: {row['above_plain']:+.4f} nats, {row['added_ms']:,.1f} ms</title>" in page for spec, row in zip(specs, result["rows"]))
 
     assert main(["bench", "rivals", *TINY, "--band", "9", "--losses", file]) == 0
     said = capfd.readouterr()

@@ -14,7 +14,7 @@ from commopt.__main__ import main
 from commopt.bench import launch, resident, step, timeline, training, works
 
 HERE = pathlib.Path(__file__).parent
-WHAT = {"model": "gpt", "width": 8, "layers": 1, "batch": 2, "optimizer": "sgd", "parameters": 1000, "buckets": [4000], "world": 2, "threads": 1,
+WHAT = {"model": "gpt", "width": 8, "layers": 1, "batch": 2, "optimizer": "sgd", "accumulate": 1, "parameters": 1000, "buckets": [4000], "world": 2, "threads": 1,
         "rounds": 3, "link": "8mbit", "kernels": "cpu", "torch": "2", "commopt": "0"}
 
 
@@ -61,7 +61,7 @@ def test_table():
         "no_sync  -              80.0    81.0    82.0     0.800       0.0           -    0.000       0.0          -       -          -",
         "plain    -             100.0   101.0   102.0     1.000      20.0           -    0.050      50.0          -       -        3.5",
         "int8     decoupled      90.0    91.0    92.0     0.900      10.0         4.0    0.050      50.0       81.0   0.900        4.0"]
-    assert len(lines) == 5 and lines[4].startswith("gpt of width 8, 1 layers, batch 2, sgd, 4 steps a round: ") and "3 rounds" in lines[4]
+    assert len(lines) == 5 and lines[4].startswith("gpt of width 8, 1 layers, batch 2, 1 pass(es) a step, sgd, 4 steps a round: ") and "3 rounds" in lines[4]
 
 
 EVENTS = [("backward", 0.0, 12.0), ("forward", 13.0, 20.0), ("optimizer", 12.0, 12.5), ("comm", 2.5, 6.0), ("comm", 3.0, 4.0), ("comm", 5.0, 8.2), ("comm", 15.0, 15.8)]
@@ -101,8 +101,10 @@ def test_charts_share_a_scale():
 def test_a_period_is_cut_out_of_what_was_recorded():
     events = [("backward", 0.0, 5.0), ("backward", 10.0, 15.0), ("backward", 20.0, 25.0), ("comm", 8.0, 12.0), ("comm", 14.0, 21.0), ("comm", 3.0, 9.0),
               ("forward", 17.0, 20.0), ("comm", 22.0, 23.0)]
-    assert timeline.period(events) == (
+    assert timeline.period(events, 1) == (
         [("forward", 7.0, 10.0), ("backward", 0.0, 5.0), ("comm", 0.0, 2.0), ("comm", 4.0, 10.0)], 10.0)
+    assert timeline.period([*events, ("backward", 30.0, 35.0)], 2) == (
+        [("forward", 17.0, 20.0), ("backward", 0.0, 5.0), ("backward", 10.0, 15.0), ("comm", 3.0, 9.0), ("comm", 8.0, 12.0), ("comm", 14.0, 20.0)], 20.0)
 
 
 def test_ranges_of_threads_that_ran_before_are_recorded():
@@ -124,7 +126,7 @@ def test_ranges_of_threads_that_ran_before_are_recorded():
                 done.get()
 
     try:
-        events, period = timeline.record(three_steps)
+        events, period = timeline.record(three_steps, 1)
     finally:
         jobs.put(None)
         thread.join()
@@ -217,7 +219,7 @@ def verdicts(rank: int) -> list[str]:
     """What `check` says of candidates with given parameters."""
     class Given(training.Candidate):
         def __init__(self, spec: str, schedule: str | None, values: list[float]):
-            super().__init__(spec, schedule, None, None, None, None)
+            super().__init__(spec, schedule, None, None, None, None, 1)
             self.steps, self.values = 3, torch.tensor(values)
 
         def parameters(self) -> torch.Tensor:
@@ -267,6 +269,21 @@ def test_it_measures_every_candidate(tmp_path, capfd):
         assert schedule != "decoupled" or r["predicted_ms"] > 0
     assert said.out.splitlines()[0].split()[:3] == ["spec", "schedule", "p50"] and "none pipelined: " in said.out and "\noptimizer |" in said.out
     assert "round 2/2: int8 pipelined" in said.err
+    assert main(["report", str(tmp_path / "step.json"), "-o", "-"]) == 0
+    page = capfd.readouterr().out
+    assert all(f'aria-label="{r["spec"]} {r["schedule"]}: {r["period_ms"]:.1f} ms' in page for r in rows.values() if r["schedule"])
+
+
+def test_steps_of_several_passes(tmp_path):
+    argv = ["--model", "mlp", "--width", "32", "--layers", "1", "--batch", "2", "--rounds", "1", "--spec", "none", "--schedule", "pipelined,delayed", "--accumulate", "2"]
+    assert main(["bench", "step", *argv, "--json", str(tmp_path / "step.json")]) == 0
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert result["what"]["accumulate"] == 2 and [r["schedule"] for r in result["rows"]] == [None, None, "pipelined", "delayed"]
+    for r in result["rows"]:
+        lanes = [e["lane"] for e in r["events"]]
+        assert (lanes.count("backward"), lanes.count("forward")) in ((2, 2), (2, 3), (3, 2), (3, 3)) and len(r["times_ms"]) == training.STEPS
+    _, plain, pipelined, delayed = result["rows"]
+    assert plain["sent"] == pipelined["sent"] == delayed["sent"] / 2  # both halves travel
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def gather(plan: Plan) -> Prepared:
         def encode(_: int) -> None:
             message.encode(x, residual, rows[plan.rank], plan.draw, plan.loss_scale)
 
-        failed = yield link.gather(rows, sizes, encode, plan.number)
+        failed = yield link.gather(rows, sizes, encode, plan.exchange)
         if failed:
             raise failed
         message.decode_sum(x, plan.weight, rows)

@@ -48,7 +48,7 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
             within.sum.encode(total, None, within.sums[me], plan.draw, plan.loss_scale)
 
         near = link.among(here)
-        failed = yield near.scatter(within.departing, within.arriving, within.sizes, encode_share, plan.number)
+        failed = yield near.scatter(within.departing, within.arriving, within.sizes, encode_share, plan.exchange)
         if failed is None:
             within.messages[me].decode_sum(total, 1.0, within.arriving)
         else:
@@ -62,7 +62,7 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         except Exception as error:  # the others in this node wait for what follows
             failed = failed or error
         before = total.clone() if lossy_result and residual is not None else None
-        failed = yield near.gather(within.sums, within.sizes, encode_result, plan.number, failed)
+        failed = yield near.gather(within.sums, within.sizes, encode_result, plan.exchange, failed)
         if failed:
             raise failed
         if before is not None:

@@ -135,8 +135,8 @@ class Link:
 
 
 class DeviceLink(Link):
-    """Rows by collectives on the current stream, for NCCL: each call is ordered on the device and nothing waits on the host.
-    Rows go whole: all ranks give them the same length."""
+    """Rows by collectives behind the current stream, for NCCL: whoever waits for one has the stream wait that is then the current
+    one, and nothing waits on the host. Rows go whole: all ranks give them the same length."""
 
     def _part(self, members):
         ranks, backend = [self._peers[r] for r in members], dist.get_backend(self.group)
@@ -147,21 +147,18 @@ class DeviceLink(Link):
         """The stream orders all of them."""
 
     def all_reduce(self, x, op=dist.ReduceOp.SUM, late=False):
-        dist.all_reduce(x, op, self.group)
-        return Pending()
+        return Pending([dist.all_reduce(x, op, self.group, async_op=True)])
 
     def scatter(self, departing, arriving, sizes, fill, number, failed=None, coming=None):
         for r in self.others():
             failed = self.written(fill, r, departing[r], failed)
         failed = self.written(fill, self.rank, arriving[self.rank], failed)
         departing[self.rank].copy_(arriving[self.rank])
-        dist.all_to_all_single(arriving, departing, group=self.group)
-        return Pending(failed=failed)
+        return Pending([dist.all_to_all_single(arriving, departing, group=self.group, async_op=True)], failed)
 
     def gather(self, rows, sizes, fill, number, failed=None):
         failed = self.written(fill, self.rank, rows[self.rank], failed)
-        dist.all_gather_into_tensor(rows.view(-1), rows[self.rank], group=self.group)
-        return Pending(failed=failed)
+        return Pending([dist.all_gather_into_tensor(rows.view(-1), rows[self.rank], group=self.group, async_op=True)], failed)
 
 
 class StagedLink(Link):

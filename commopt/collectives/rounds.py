@@ -34,7 +34,7 @@ def rounds(plan: Plan) -> Prepared:
             message.encode(x, residual, rows[plan.rank], plan.draw, plan.loss_scale)
 
         if message is not None:
-            failed = yield link.gather(rows, [message.nbytes] * plan.world, encode, plan.number)
+            failed = yield link.gather(rows, [message.nbytes] * plan.world, encode, plan.exchange)
         for i, trip in enumerate(trips):
 
             def fill_shard(r: int) -> None:
@@ -50,8 +50,8 @@ def rounds(plan: Plan) -> Prepared:
                 trip.encode(plan.rank)
 
             sizes = [trip.nbytes] * plan.world
-            failed = yield link.scatter(trip.departing, trip.arriving, sizes, fill_shard, plan.number, failed)
-            failed = yield link.gather(trip.departing, sizes, fill_mean, plan.number, failed)
+            failed = yield link.scatter(trip.departing, trip.arriving, sizes, fill_shard, plan.exchange, failed)
+            failed = yield link.gather(trip.departing, sizes, fill_mean, plan.exchange, failed)
             trip.decode()
         if failed:
             raise failed

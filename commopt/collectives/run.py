@@ -3,12 +3,16 @@
 On the CPU each phase has a thread of its own, which takes one exchange after the other in the order in which they were begun,
 waits for what the phase before has begun, and ends with messages on their way: backward never waits for an encoder, and a
 bucket's second phase never stands between the next bucket and the network. Kernels and network run without the GIL.
-On a device everything is ordered by a stream beside the one that computes, and the host waits for nothing.
+On a device everything is ordered by a stream beside the one that computes, and the host waits for nothing. There an exchange
+goes on to its next phase when the next one has begun, so that one is encoded while another travels:
+
+    stream     encode 1   encode 2   decode 1   encode 3   decode 2   decode 3
+    network               1........  2........             3........
+
 """
 
 import atexit
 import contextlib
-import itertools
 import queue
 import threading
 import time
@@ -101,6 +105,7 @@ class Runner:
     def __init__(self, device: torch.device):
         self.stream, self.clock = Stream(device), Clock()
         self._stages = Stages(self.clock)
+        self._under_way: list[Flight] = []  # on a device
         stop_at_exit(self)
 
     def exchange(self, exchange: Exchange) -> None:
@@ -108,26 +113,47 @@ class Runner:
         if not self.stream:
             return self._stages.begin(exchange)
         with self.stream.beside():
-            failed, failure = None, None
-            try:
-                for phase in itertools.count():
-                    pending = self.clock.advance(exchange, phase, failed)
-                    if pending is None:
-                        break
-                    failed = pending.wait()
-            except Exception as error:
-                failure = error
-            exchange.done(failure)
+            self._under_way.append(Flight(exchange))
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Each that is under way goes on by a phase, the last one first: it is encoded before those ahead of it are waited for."""
+        self._under_way = [flight for flight in reversed(self._under_way) if flight.go_on(self.clock)][::-1]
 
     def close(self) -> None:
-        """Nothing more follows in this step. Nothing has waited for that."""
+        """Nothing more follows in this step. On a CPU nothing has waited for that."""
+        if self._under_way:
+            with self.stream.beside():
+                while self._under_way:
+                    self._go_on()
 
     def finish(self) -> None:
         """Returns when all first phases have begun: what the caller begins with the same group comes after them."""
+        self.close()
         self._stages.finish()
 
     def stop(self) -> None:
         self._stages.stop()
+
+
+class Flight:
+    """An exchange on a device, and what its last phase has begun."""
+
+    def __init__(self, exchange: Exchange):
+        self._exchange, self._pending, self._phase = exchange, Pending(), 0
+
+    def go_on(self, clock: Clock) -> bool:
+        """Runs its next phase on the current stream, after what the last one has begun. Whether others follow."""
+        failure = None
+        try:
+            self._pending = clock.advance(self._exchange, self._phase, clock.wait(self._pending) if self._phase else None)
+            if self._pending is not None:
+                self._phase += 1
+                return True
+        except Exception as error:
+            failure = error
+        self._exchange.done(failure)
+        return False
 
 
 class Stages:

@@ -30,8 +30,8 @@ def split_sum(plan: Plan) -> Prepared:
             for r in range(1, plan.world):
                 total.add_(values(arriving, r, plan.rank))
 
-        failed = yield link.scatter(departing, arriving, sizes, divide, plan.number)
-        failed = yield link.gather(sums, sizes, add, plan.number, failed)
+        failed = yield link.scatter(departing, arriving, sizes, divide, plan.exchange)
+        failed = yield link.gather(sums, sizes, add, plan.exchange, failed)
         if failed:
             raise failed
         for r in range(plan.world):

@@ -31,8 +31,8 @@ def two_shot(
             total = x[start:stop] if wide is None else wide
             shards.sum.resum(total, kept_of(residual, start, stop), shards.arriving, shards.sums[plan.rank], plan.draw, plan.loss_scale)
 
-        failed = yield link.scatter(shards.departing, shards.arriving, shards.sizes, encode_share, plan.number)
-        failed = yield link.gather(shards.sums, shards.sizes, encode_sum, plan.number, failed)
+        failed = yield link.scatter(shards.departing, shards.arriving, shards.sizes, encode_share, plan.exchange)
+        failed = yield link.gather(shards.sums, shards.sizes, encode_sum, plan.exchange, failed)
         if failed:
             raise failed
         plan.finite = shards.decode(x)

@@ -2,6 +2,7 @@
 
 from .average import average
 from .ddp import attach, hook
+from .jsonl import jsonl
 from .state import State
 
-__all__ = ["State", "attach", "average", "hook"]
+__all__ = ["State", "attach", "average", "hook", "jsonl"]

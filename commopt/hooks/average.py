@@ -118,7 +118,7 @@ class _Averager:
             x = works[places[0]] if works[places[0]].is_sparse else _joined([works[i] for i in places])
             held = _joined([kept[i] for i in places]) if kept is not None and plan.wants_residual else None
             under_way.append((self.traffic.exchange(prepared, x, held), x, held, places))
-        self.traffic.close_batch()
+        self.traffic.close()
         for future, x, held, places in under_way:
             future.wait()
             if not x.is_sparse:

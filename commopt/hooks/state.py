@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.futures import Future
 
 from .. import __version__
-from ..collectives import prepare
-from ..collectives.phases import Prepared
 from ..collectives.run import Runner, future_of
 from ..compressors import STEADY, Compressor, parse
 from ..plan import Parameter, Plan
@@ -24,11 +22,12 @@ from ..schedulers import Schedule, parse_schedule
 from ..schedulers.awaited import can_wait
 from ..schedulers.deferral import Deferral
 from ..schedulers.halves import Halves
-from ..schedulers.late import Handle, laid_out
+from ..schedulers.late import Handle
 from ..schedulers.launcher import Launcher
 from ..schedulers.local_first import LocalFirst
 from ..schedulers.order import Planner, Profile
 from .agreement import agree, nodes
+from .bucket import Bucket
 from .counts import Counts
 from .exposed import Exposed
 from .grad_scaler import LossScale, scaled
@@ -84,7 +83,7 @@ class State:
             raise wrong
         if self.world == 1:
             log.warning("commopt: the group has one rank, so there is nothing to exchange; gradients are compressed all the same")
-        self._buckets: dict[tuple[int, ...], Prepared] = {}  # ids of the parameters -> the plan's collective
+        self._buckets: dict[tuple[int, ...], Bucket] = {}  # by the ids of the parameters
         self._active: tuple[Compressor, dict[str, Compressor]] | None = None  # spec and rules of this step; None is exact
         self._paused = False
         self._residuals = Residuals()
@@ -96,10 +95,9 @@ class State:
         self._deferral = self._defer(model, module)
         self._delay = self._be_late(module)
         self._planner = Planner() if self.schedule.planned else None
-        self._uses: list[tuple[int, float, float]] | None = []  # since the last backward: exchange, when it was asked for, how long that waited
+        self._uses: list[tuple[list[int], float, float]] | None = []  # since the last backward: exchanges, when asked for, how long that waited
         self._computed = 0.0  # when backward was over
         self._exposed, self._device = Exposed(), self._keep_alive[0].device if named else torch.device("cpu")
-        self._gradients: dict[tuple[int, ...], list[Tensor]] = {}  # where a bucket is and the ids of its parameters -> views of it
         self._said = False
         self._logged = -1  # the last step that was given to the sinks
         self._counts = Counts()
@@ -119,7 +117,7 @@ class State:
             log.warning("commopt: with unused parameters and gradient_as_bucket_view, DDP itself waits for all gradients when backward is over")
             return None
         held, alarm = weakref.ref(self), self._traffic.alarm  # awaited parameters may outlive the handle
-        deferral = Deferral(module, self.schedule.waits, unused, alarm.raise_known, lambda number: held()._waiting(number) if held() else contextlib.nullcontext())
+        deferral = Deferral(module, self.schedule.waits, unused, alarm.raise_known, lambda numbers: held()._waiting(numbers) if held() else contextlib.nullcontext())
         self._accumulators = deferral.guard(module)
         return deferral
 
@@ -147,13 +145,13 @@ class State:
             if not self._traffic.alarm.left:
                 if self._delay is not None and self._delay.takes(x, parameters, last, joined=backward == -1):
                     return _completed(x)
-                future, prepared = self._begin(x, parameters, last, backward == -1, began)
+                bucket, future, futures = self._begin(x, parameters, last, backward == -1, began)
                 if self._deferring and backward != -1 and not x.is_sparse and all(map(can_wait, parameters)):
-                    number = self._traffic.travels_as[prepared.plan.number]
-                    self._deferral.expect(number, list(parameters), self._views(x, parameters), future)
+                    for some in bucket.awaited(x, parameters, self._traffic, futures):
+                        self._deferral.expect(*some)
                     return _completed(x)
                 if self.schedule.waits == "hook":
-                    with self._waiting(prepared.plan.number):
+                    with self._waiting(bucket.numbers):
                         future.wait()
                 return future
         except Exception as error:
@@ -162,24 +160,25 @@ class State:
             raise self._traffic.alarm.error
         return _completed(x)
 
-    def _begin(self, x: Tensor, parameters: list[Tensor], last: bool, joined: bool, began: float) -> tuple[Future, Prepared]:
+    def _begin(self, x: Tensor, parameters: list[Tensor], last: bool, joined: bool, began: float) -> tuple[Bucket, Future, list[Future]]:
+        """The bucket, the future of x and those of the bucket's pieces."""
         known, key = [self._parameters[id(p)] for p in parameters], tuple(map(id, parameters))
         if self.step < 0 or known[0].name in self._exchanged:
             self._begin_step(began)
         self._exchanged.update(p.name for p in known)
-        prepared = self._buckets.get(key) or self._make_plan(x, known, key)
-        future = self._send(x, prepared, joined)
+        bucket = self._buckets.get(key) or self._make_plan(x, known, key)
+        future, futures = self._send(x, bucket, joined)
         if last or self.schedule.waits == "hook":
             self._traffic.close_batch()
         if self._all_begun:
             self._traffic.close()
-        return future, prepared
+        return bucket, future, futures
 
     def _begin_late(self, x: Tensor, parameters: list[Tensor], last: bool) -> Future:
         """Begins to average x, which is not DDP's. Never raises."""
         try:
             if not self._traffic.alarm.left:
-                return self._begin(x, parameters, last, False, time.perf_counter())[0]
+                return self._begin(x, parameters, last, False, time.perf_counter())[1]
         except Exception as error:
             self._hook_failed(error)
         return _completed(x)
@@ -193,37 +192,28 @@ class State:
     def _deferring(self) -> bool:
         return self._deferral is not None and not self._deferral.compiled
 
-    def _views(self, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-        """The parameters' gradients in the bucket x, laid out as DDP does it."""
-        key = (x.data_ptr(), *map(id, parameters))
-        if key not in self._gradients:
-            self._gradients = {k: views for k, views in self._gradients.items() if set(k[1:]).isdisjoint(key[1:])}
-            self._gradients[key] = laid_out(x, parameters)
-        return list(self._gradients[key])
-
     @contextlib.contextmanager
-    def _waiting(self, number: int) -> Iterator[None]:
-        """Entered for as long as computation waits for that exchange."""
+    def _waiting(self, numbers: list[int]) -> Iterator[None]:
+        """Entered for as long as computation waits for those exchanges."""
         self._traffic.close()
         began = time.perf_counter()
         with self._exposed.waiting(self._device):
             yield
         if self._planner and self._uses is not None:
-            self._uses.append((number, began, time.perf_counter() - began))
+            self._uses.append((numbers, began, time.perf_counter() - began))
 
-    def _send(self, x: Tensor, prepared: Prepared, joined: bool) -> Future:
-        plan = prepared.plan
+    def _send(self, x: Tensor, bucket: Bucket, joined: bool) -> tuple[Future, list[Future]]:
+        plan = bucket.plan
         plan.step = self.step if self._delay is None else self._delay.draw(self.step)
-        plan.loss_scale, plan.finite = self._scale_on(x.device), None
+        plan.loss_scale = self._scale_on(x.device)
         self._counts.exchange(x, plan)
-        # A rank that joined early has no gradients left: it contributes zeros and keeps its residual.
-        return self._traffic.exchange(prepared, x, None if joined else plan.residual)
+        return bucket.begin(self._traffic, x, joined)
 
     def _scale_on(self, device: torch.device) -> Tensor | None:
         scale = self._loss_scale.value
         return None if scale is None else scale.to(device)
 
-    def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Prepared:
+    def _make_plan(self, x: Tensor, known: list[Parameter], key: tuple[int, ...]) -> Bucket:
         """A plan for a bucket that was not seen before. The ranks compare what they are about to do."""
         self._traffic.finish()
         if self._delay is not None:
@@ -239,7 +229,7 @@ class State:
         self._traffic.free()
         if self._planner:
             self._planner.reset()
-        self._buckets[key] = prepare(plan)
+        self._buckets[key] = Bucket(plan, self.schedule.planned and not x.is_sparse)
         return self._buckets[key]
 
     # --- one step ---
@@ -274,7 +264,7 @@ class State:
             self._deferral.flush()
             self._deferral.forget()
             self._traffic.finish()
-        self._counts.see(self._plans, self.step)
+        self._count()
 
     def _plan_order(self, now: float) -> None:
         """The order in which the next step's exchanges are launched."""
@@ -296,7 +286,7 @@ class State:
             self._deferral.backward_is_over()
         if not self._deferring:
             self._exposed.end(self._device, backward_done)
-        self._counts.see(self._plans, self.step)
+        self._count()
         if self._deferring:
             self._traffic.alarm.raise_known()  # the network is busy with gradients; _begin_step asks
         else:
@@ -323,12 +313,15 @@ class State:
     def _plans(self) -> list[Plan]:
         return [bucket.plan for bucket in self._buckets.values()]
 
+    def _count(self) -> None:
+        self._counts.see([piece.plan for bucket in self._buckets.values() for piece in bucket.pieces], self.step)
+
     # --- what the user calls ---
 
     @property
     def plan(self) -> list[dict]:
         """What was decided for each bucket."""
-        return [plan.describe() for plan in self._plans]
+        return [bucket.describe() for bucket in self._buckets.values()]
 
     def set(self, spec: str | Compressor) -> None:
         """Compresses with another spec from the next step on. All ranks call it between the same two steps."""
@@ -402,7 +395,7 @@ class State:
         }
 
     def log_to(self, sink: Callable[[dict, int], None], every: int = 50) -> None:
-        """Calls sink(stats, step) after every `every`-th step."""
+        """Calls sink(stats, step) after every `every`-th step, on every rank. `commopt.jsonl(file)` is a sink."""
         self._sinks.append((sink, every))
 
     def state_dict(self) -> dict[str, Any]:

@@ -44,10 +44,11 @@ class Traffic:
         self._links: dict[torch.device, tuple[Link, Runner]] = {}
         self._batch: Batch | None = None  # small exchanges that wait for company
         self._merged: dict = {}  # buffers of batches
-        self.travels_as: dict[int, int] = {}  # the number of a plan -> that of the exchange in which its messages travel
+        self.travels_as: dict[int, int] = {}  # the number of a plan's exchange -> that of the one in which its messages travel
 
-    def exchange(self, prepared: Prepared, x: Tensor, residual: Tensor | None) -> Future:
-        """Begins to average x in place. A small exchange waits for the next or for close_batch."""
+    def exchange(self, prepared: Prepared, x: Tensor, residual: Tensor | None, ended: Callable[[], None] = lambda: None) -> Future:
+        """Begins to average x in place. A small exchange waits for the next or for close_batch. ended(): called when the future
+        is done, on the thread or stream that has done it."""
         plan, (link, runner), future = prepared.plan, self._on(x.device), future_of(x)
 
         def done(failure: Exception | None) -> None:
@@ -57,18 +58,19 @@ class Traffic:
                     self._failed(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self.ranks}")
             finally:
                 future.set_result(x)
+                ended()
 
         worth = WORTH * (self.world - 1)
         if not prepared.merges or plan.size >= worth:
             self.close_batch()  # in the order in which they were begun, which is the same on all ranks
-            self.travels_as[plan.number] = plan.number
-            runner.exchange(Exchange(plan.number, prepared.phases, prepared.begin(link, x, residual), done, plan.size / prepared.phases))
+            self.travels_as[plan.exchange] = plan.exchange
+            runner.exchange(Exchange(plan.exchange, prepared.phases, prepared.begin(link, x, residual), done, plan.size / prepared.phases))
             return future
         if self._batch is not None and self._batch.device != x.device:
             self.close_batch()
         if self._batch is None:
-            self._batch = Batch(link, x.device, plan.number, self._merged)
-        self.travels_as[plan.number] = self._batch.number
+            self._batch = Batch(link, x.device, plan.exchange, self._merged)
+        self.travels_as[plan.exchange] = self._batch.number
         with runner.stream.beside():
             self._batch.add(prepared, x, residual, done)
         if self._batch.size >= worth:

@@ -26,13 +26,17 @@ from .steps_seen import unwatch, watch
 
 
 class Arrival:
-    """One exchange that is under way: the parameters, their averaged gradients when `future` is done, and the steps that
+    """Exchanges that are under way: the parameters, their averaged gradients when the futures are done, and the steps that
     optimizers will take with them."""
 
-    def __init__(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future):
-        self.number, self.parameters, self.gradients, self.future = number, parameters, gradients, future
+    def __init__(self, numbers: list[int], parameters: list[Tensor], gradients: list[Tensor], futures: list[Future]):
+        self.numbers, self.parameters, self.gradients, self.futures = numbers, parameters, gradients, futures
         self.steps: dict[Optimizer, Later] = {}
         self.over = False
+
+    @property
+    def done(self) -> bool:
+        return all(future.done() for future in self.futures)
 
     def take(self, optimizer: Optimizer, number: int, group: dict[str, Any], p: Tensor) -> None:
         """The parameter's step, in that group of the optimizer, is to be taken with this."""
@@ -44,14 +48,14 @@ class Deferral:
 
     until: "step", where every bucket's optimizer step is taken within optimizer.step(), or "use", where it may wait for the
     next forward. unused: whether parameters may get no gradient on any rank; DDP leaves their grad as it was, and so does this.
-    ended(): called when an exchange has ended; raises what it failed with. waiting(number): entered for as long as somebody waits
-    for that exchange.
+    ended(): called when exchanges have ended; raises what one failed with. waiting(numbers): entered for as long as somebody
+    waits for those exchanges.
     """
 
     saving = True  # the optimizer's state waits for what it is asked for
 
     def __init__(
-        self, module: nn.Module, until: str, unused: bool, ended: Callable[[], None], waiting: Callable[[int], AbstractContextManager]
+        self, module: nn.Module, until: str, unused: bool, ended: Callable[[], None], waiting: Callable[[list[int]], AbstractContextManager]
     ):
         self.until, self._unused, self._ended, self._waiting = until, unused, ended, waiting
         self.compiled = False  # whether there is compiled code, which does not notice awaited tensors
@@ -68,10 +72,10 @@ class Deferral:
 
     # --- a backward ---
 
-    def expect(self, number: int, parameters: list[Tensor], gradients: list[Tensor], future: Future) -> None:
-        """An exchange has begun, whose gradients will be awaited when this backward is over."""
+    def expect(self, numbers: list[int], parameters: list[Tensor], gradients: list[Tensor], futures: list[Future]) -> None:
+        """Exchanges have begun, whose gradients will be awaited when this backward is over."""
         before = [_version(p.grad) for p in parameters] if self._unused else [None] * len(parameters)
-        self._coming.append((Arrival(number, parameters, gradients, future), before))
+        self._coming.append((Arrival(numbers, parameters, gradients, futures), before))
 
     def forget(self) -> None:
         """The backward that was under way has failed."""
@@ -87,7 +91,7 @@ class Deferral:
                 for p, g in zip(arrival.parameters, arrival.gradients):
                     arrived(g)
                     p.grad = g
-                    await_(g, functools.partial(_look, weakref.ref(self), weakref.ref(arrival), arrival.future, weakref.ref(g)))
+                    await_(g, functools.partial(_look, weakref.ref(self), weakref.ref(arrival), arrival.futures, weakref.ref(g)))
                 self._pending.append(arrival)
                 self._lent += zip(arrival.parameters, arrival.gradients)
             self._coming, self._looked_early = [], False
@@ -114,8 +118,9 @@ class Deferral:
         with self._lock:
             if arrival.over:
                 return
-            with self._waiting(arrival.number) if used else contextlib.nullcontext():
-                arrival.future.wait()
+            with self._waiting(arrival.numbers) if used else contextlib.nullcontext():
+                for future in arrival.futures:
+                    future.wait()
             self._is_over(arrival)
             try:
                 self._ended()
@@ -144,9 +149,9 @@ class Deferral:
             return False
         with self._lock:
             self._show_hidden()
-            for arrival in [a for a in self._pending if a.future.done() or a.steps.get(optimizer)]:
+            for arrival in [a for a in self._pending if a.done or a.steps.get(optimizer)]:
                 # What is there takes part in the step, and what waits for an earlier step takes that first.
-                self._arrive(arrival, used=not arrival.future.done())
+                self._arrive(arrival, used=not arrival.done)
         # Where it is not, the gradients make the step wait.
         self._asked = bool(self._pending) and not closure and is_per_parameter(optimizer)
         return self._asked
@@ -269,12 +274,13 @@ def _before_any_compiling(*_: Any) -> None:
         deferral._before_compiling()
 
 
-def _look(held: weakref.ref, arrival: weakref.ref, future: Future, gradient: weakref.ref) -> None:
+def _look(held: weakref.ref, arrival: weakref.ref, futures: list[Future], gradient: weakref.ref) -> None:
     """Somebody looks at a gradient. A parameter holds its grad in C++: if that held the parameter, both would never go."""
     if held() is not None and arrival() is not None:
         held()._look(arrival())
     else:  # the handle has gone, and no step waits
-        future.wait()
+        for future in futures:
+            future.wait()
         arrived(gradient())
 
 

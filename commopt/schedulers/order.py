@@ -39,12 +39,13 @@ class Profile:
     rest: float
 
     @classmethod
-    def of(cls, log: Log, backward: float, uses: list[tuple[int, float, float]], end: float) -> "Profile":
-        """backward: when it was over. uses: (exchange, when it was asked for, for how long that waited). end: when the next step's
+    def of(cls, log: Log, backward: float, uses: list[tuple[list[int], float, float]], end: float) -> "Profile":
+        """backward: when it was over. uses: (exchanges, when they were asked for, for how long that waited). end: when the next step's
         first exchange was handed in. All by the clock of the log."""
         begin, waited, used = min(log.handed_in.values()), 0.0, {}
-        for number, at, wait in uses:
-            used.setdefault(number, max(0.0, at - backward - waited))
+        for numbers, at, wait in uses:
+            for number in numbers:
+                used.setdefault(number, max(0.0, at - backward - waited))
             waited += wait
         took: dict[Launch, float] = {}
         free = 0.0

@@ -8,6 +8,9 @@ class Priority(Schedule):
 
         step = max(forward + backward, communication) + what is left of the forward when the last bucket comes
 
+    Buckets go in pieces on a fixed grid (see `Plan.pieces`), also where they are summed as they are, so that the first layers' part
+    of a large one need not wait for the rest of it, nor behind another.
+
     A rank that chose for itself what to send next could wait for another one that chose otherwise, for ever: here the order
     is planned on rank 0, from what all ranks have measured, and all launch in that order (see `order`, `launcher`). It is
     planned in the first steps and looked at again every 64.
