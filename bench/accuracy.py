@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import commopt
 
-from . import candidates, launch, learning, tasks, works
+from . import candidates, launch, learning, link, tasks, works
 from .steps import cell, link_of
 
 __doc__ += tasks.__doc__
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="backward passes that a step's batch is divided into")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
     parser.add_argument("--eval-every", type=int, help="steps; default: an eighth of them")
-    parser.add_argument("--emulate", metavar="RATE", help="over a shaped link, such as 100mbit; needs root")
+    parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
     parser.add_argument("--timeout", type=float, default=6 * 3600.0, help="seconds for everything")
 
 
