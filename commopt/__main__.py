@@ -21,6 +21,7 @@ BENCHES = {
     "collectives": "what an exchange costs by each collective, predicted and measured",
     "bandwidth": "of exchanges of every size, as nccl-tests shows it, by each spec",
     "step": "what a training step takes under each schedule, and when its parts are at work",
+    "hook": "what the hook itself costs: host, kernels launched, and what backward loses",
     "accuracy": "loss of a byte-level GPT on real text, against bytes and seconds",
     "rivals": "ours against PyTorch's own hooks: communication of the best that keep the loss",
 }
