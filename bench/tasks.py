@@ -43,7 +43,7 @@ _adamw = torch.optim.AdamW
 _nesterov = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 TASKS = {
-    "gpt": Task(_adamw, 1e-3, 400, _text),
+    "gpt": Task(_adamw, 2e-3, 400, _text),
     "lstm": Task(_adamw, 4e-3, 300, _text),
     "resnet": Task(_nesterov, 0.05, 200, lambda: images.batch(_IMAGES, torch.Generator().manual_seed(1 << 40))),
     "recommender": Task(_adamw, 2e-2, 600, lambda: clicks.batch(_CLICKS, torch.Generator().manual_seed(1 << 40))),
