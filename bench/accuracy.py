@@ -13,7 +13,7 @@
                 least loss after half of the steps from a seed that is not judged: for every spec, the first too
     sent        MB that a rank hands to the network in a step, by the candidate's own account
     target      the loss that the first spec has after three quarters of its steps. MB and s to it: what a rank has sent and how
-                long training has taken, evaluations left out, when the mean of the seeds gets there; linear between evaluations
+                long training has taken, evaluations left out, when the mean of the seeds first gets there; linear between evaluations
 
 """
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 import commopt
 from commopt.schedulers import parse_schedule
 
-from . import candidates, launch, learning, tasks, works
+from . import candidates, launch, learning, link, tasks, works
 from .steps import cell, link_of
 
 __doc__ += tasks.__doc__
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="backward passes that a step's batch is divided into")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
     parser.add_argument("--eval-every", type=int, help="steps; default: an eighth of them")
-    parser.add_argument("--emulate", metavar="RATE", help="over a shaped link, such as 100mbit; needs root")
+    parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
     parser.add_argument("--timeout", type=float, default=6 * 3600.0, help="seconds for everything")
 
 

@@ -13,30 +13,27 @@
     measured   median over the rounds of the slowest rank, from the beginning to the mean
     of plain   measured, as a fraction of that of `none`
 
-Every spec's mean is verified first: the same bits on all ranks, and what was sent and what is kept add up to what there was,
-or, without error feedback, the mean is near the exact one.
+Every spec's mean is verified first, element by element, see wrong.py.
 """
 
 import argparse
 import contextlib
-import itertools
 import statistics
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import commopt
-from commopt.collectives import prepare
 from commopt.collectives.link import Link
-from commopt.compressors import STEADY, parse
 from commopt.hooks.agreement import nodes as hosts
 from commopt.hooks.traffic import Traffic
-from commopt.plan import Parameter, Plan
 from commopt.tuning import cost, probe
 from commopt.tuning.probe import timed
 
-from . import launch, link
-from .steps import cell, check_same, kernels_in_use, link_of
+from . import launch, link, wrong
+from .exchange import Ours
+from .steps import cell, kernels_in_use, link_of
 
 SPECS = ("none,bf16,int8,int4,int8:collective=integer_sum,int4:collective=integer_sum,sign,topk:ratio=0.01,collective=gather,"
          "topk:ratio=0.01,collective=sparse_two_shot,powersgd:rank=4,intra=none,inter=bf16,intra=none,inter=int4")
@@ -45,7 +42,7 @@ WIDTH = 2560  # of a row of the bucket: a layer's
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", default=SPECS, help="specs, separated by blanks or by commas before a name; none is always run")
-    parser.add_argument("--emulate", metavar="RATE", help="over a link shaped to RATE per rank, such as 1gbit; needs root. Default: the loopback")
+    parser.add_argument("--emulate", metavar="RATE[,LATENCY]", help=link.EMULATE)
     parser.add_argument("--world", type=int, default=2, help="number of ranks")
     parser.add_argument("--machine", type=int, default=1, help="ranks on each machine, which share its link; a divisor of --world")
     parser.add_argument("--rows", type=int, default=2560, help=f"rows of {WIDTH} float32 in the bucket; 2560 make 25 MiB")
@@ -84,38 +81,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-class Candidate:
-    """A spec's plan and residual, and what was measured of it on this rank."""
+class Candidate(NamedTuple):
+    """A spec's bucket, and what was measured of it on this rank."""
 
-    def __init__(self, number: int, spec: str, shape: tuple[int, int], traffic: Traffic, nodes: tuple[tuple[int, ...], ...]):
-        world = traffic.world
-        parameters = [Parameter("weight", torch.Size(shape), shape[0] * shape[1])]
-        self.spec, self.traffic = spec, traffic
-        self.plan = Plan(number, parameters, torch.float32, torch.device("cpu"), parse(spec).at(STEADY), {}, traffic.rank, world, nodes=nodes)
-        self.prepared, self.residual = prepare(self.plan), self.plan.fresh_residual()
-        self.seconds: list[float] = []
-        self.counted: list[int] = []
-
-    def exchange(self, x: torch.Tensor) -> None:
-        self.plan.step += 1
-        future = self.traffic.exchange(self.prepared, x, self.residual)
-        self.traffic.close()
-        future.wait()
-        self.traffic.alarm.raise_if_any(0)
-
-    def verify(self, x: torch.Tensor) -> None:
-        """RuntimeError unless it averages x as it promises, in its first exchange."""
-        exact = x.double()
-        dist.all_reduce(exact)
-        exact /= self.plan.world
-        mean = x.clone()
-        self.exchange(mean)
-        check_same(self.spec, mean)
-        kept = self.residual.double() if self.residual is not None else torch.zeros(self.plan.n, dtype=torch.float64)
-        dist.all_reduce(kept)
-        off = float((mean + kept / self.plan.world - exact).norm() / exact.norm())
-        if not off <= (1e-5 if self.residual is not None or self.spec == "none" else 0.3):
-            raise RuntimeError(f"{self.spec}: what was sent and what was kept should be the exact mean, but is {off:.1e} of its norm away")
+    bucket: Ours
+    seconds: list[float]
+    counted: list[int]
 
 
 def worker() -> None:
@@ -127,17 +98,17 @@ def worker() -> None:
     def fail(error: Exception, where: str) -> None:
         traffic.alarm.post(error, where, 0)
 
-    traffic, numbers = Traffic(None, fail), itertools.count(1)
-    gradient = torch.randn(shape[0] * shape[1], generator=torch.Generator().manual_seed(dist.get_rank()))
-    nodes = hosts(traffic.control)
+    traffic = Traffic(None, fail)
+    make = lambda rank, step: torch.randn(shape[0] * shape[1], generator=torch.Generator().manual_seed(1000 * step + rank))
+    gradient, nodes = make(traffic.rank, 0), hosts(traffic.control)
     uplink = arguments["uplinks"][traffic.rank // machine] if arguments["uplinks"] else None
     count = lambda: 0 if not rate else link.counters(uplink, link.UPLINK)[0] if uplink else link.counters()[0]
     with link.unshaped(rate) if rate and not uplink else contextlib.nullcontext():
         candidates = []
         for spec in arguments["specs"]:
             launch.progress(f"{spec}: verifying")
-            candidates.append(Candidate(next(numbers), spec, shape, traffic, nodes))
-            candidates[-1].verify(gradient)
+            candidates.append(Candidate(Ours(spec, shape, torch.float32, gradient.device, traffic, nodes, whole=True), [], []))
+            wrong.check(candidates[-1].bucket, wrong.Gradients(make, gradient.device, shape, nodes, group))
         dist.barrier()
     dist.barrier()
     everyone = Link(traffic.control, lambda error: None)
@@ -146,19 +117,20 @@ def worker() -> None:
     far = probe(everyone.among(alike), group, 0) if len(nodes) > 1 else near
     predicted = {}
     for c in candidates:
-        launch.progress(f"{c.spec}: predicting")
+        spec = c.bucket.spec
+        launch.progress(f"{spec}: predicting")
         dist.barrier(group)  # all ranks work at the same time, as they will in the exchange
-        predicted[c.spec] = cost(c.spec, shape, traffic.world, far, near=near, rank=traffic.rank, nodes=nodes)
+        predicted[spec] = cost(spec, shape, traffic.world, far, near=near, rank=traffic.rank, nodes=nodes)
     for turn in range(-1, arguments["rounds"]):  # the first uses up what the network lets through at once
         for c in candidates:
-            launch.progress(f"round {turn + 1}/{arguments['rounds']}: {c.spec}")
+            launch.progress(f"round {turn + 1}/{arguments['rounds']}: {c.bucket.spec}")
             x, before = gradient.roll(turn), count()
-            took = timed(lambda: c.exchange(x), group)
+            took = timed(lambda: c.bucket.exchange(x), group)
             dist.barrier(group)
             if turn >= 0:
                 c.seconds.append(took)
                 c.counted.append(count() - before)
-    rows = [row(c, predicted[c.spec], bool(rate)) for c in candidates]
+    rows = [row(c, predicted[c.bucket.spec], bool(rate)) for c in candidates]
     what = {"elements": shape[0] * shape[1], "world": traffic.world, "machine": machine, "threads": torch.get_num_threads(), "rounds": arguments["rounds"], "link": rate or "loopback",
             "latency": far.latency, "rate": far.rate, "kernels": kernels_in_use(), "torch": torch.__version__, "commopt": commopt.__version__}
     launch.finish({"what": what, "rows": rows})
@@ -168,12 +140,12 @@ def worker() -> None:
 
 def row(c: Candidate, predicted, emulated: bool) -> dict:
     """What all ranks together found. Of bytes, work and times, those of the rank that has most."""
-    mine = torch.tensor([*c.seconds, *c.counted, c.plan.sent, predicted.seconds, predicted.passes, predicted.work], dtype=torch.float64)
+    mine = torch.tensor([*c.seconds, *c.counted, c.bucket.sent, predicted.seconds, predicted.passes, predicted.work], dtype=torch.float64)
     dist.all_reduce(mine, dist.ReduceOp.MAX)
     rounds = len(c.seconds)
     sent, seconds, passes, work = mine[2 * rounds :].tolist()
     return {
-        "spec": c.spec, "collective": c.plan.collective, "sent": int(sent), "counted": statistics.median(mine[rounds : 2 * rounds].tolist()) if emulated else None,
+        "spec": c.bucket.spec, "collective": c.bucket.collective, "sent": int(sent), "counted": statistics.median(mine[rounds : 2 * rounds].tolist()) if emulated else None,
         "rounds": predicted.rounds, "passes": passes, "work_ms": 1e3 * work, "predicted_ms": 1e3 * seconds,
         "measured_ms": 1e3 * statistics.median(mine[:rounds].tolist()), "times_ms": (1e3 * mine[:rounds]).tolist(),
     }

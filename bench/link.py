@@ -10,6 +10,9 @@ Or ranks on machines of several, each machine with a switch of its own and what 
     rank 1: eth0 --+                            +-- bridge
     rank 2: eth0 --+-- machine 1: uplink --tbf--+
 
+A latency of a link, one way, is added where the switch passes a packet on to a port: by `tc netem`, or, where the kernel has none,
+by a bridge in user space, see switch.py, which keeps up with _KEEPS_UP bits per second from each port.
+
 Nothing is made in the namespace of the machine, so that its addresses, routes and firewall neither matter nor change.
 Names carry the pid: what a killed process left behind is removed by the next one that starts.
 """
@@ -21,8 +24,11 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+
+from . import switch
 
 DEVICE = "eth0"  # the interface of a rank, in its namespace
 UPLINK = "uplink"  # that of a machine of several ranks
@@ -30,16 +36,31 @@ _PORT = 29500  # of the rendezvous, on rank 0's address: nothing else listens in
 _MTU = 1500
 _CONGESTION = "cubic"  # Linux's default, whatever is set on this machine: others share a slow link otherwise
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21  # see capabilities(7)
-_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_NUMBER = r"[0-9]*\.?[0-9]+"
+_KEEPS_UP = 2e9
+EMULATE = "over a link shaped to RATE per rank, with LATENCY one way, such as 1gbit or 1gbit,1ms; needs root. Default: the loopback"  # the option's help
 _numbers = itertools.count()
 
 
-def bits_per_second(rate: str) -> float:
-    """"100mbit" -> 1e8."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]bit)(?:/s)?", rate.strip().lower())
-    if not match or not float(match[1]):
-        raise ValueError(f"a rate must be a number and kbit, mbit or gbit, like 100mbit, got {rate!r}")
-    return float(match[1]) * _UNITS[match[2]]
+def bits_per_second(emulate: str) -> float:
+    """The rate of RATE[,LATENCY]: "1gbit,1ms" -> 1e9."""
+    return _read(emulate)[0]
+
+
+def latency(emulate: str) -> float:
+    """The seconds one way of RATE[,LATENCY]: "1gbit,1ms" -> 0.001, "1gbit" -> 0."""
+    return _read(emulate)[1]
+
+
+def _read(emulate: str) -> tuple[float, float]:
+    rate, comma, late = (part.strip().lower() for part in emulate.partition(","))
+    rate_match = re.fullmatch(rf"({_NUMBER})\s*([kmg]bit)(?:/s)?", rate)
+    late_match = re.fullmatch(rf"({_NUMBER})\s*(us|ms|s)", late)
+    if not rate_match or not float(rate_match[1]) or (comma and not late_match):
+        raise ValueError("a link must be RATE or RATE,LATENCY: a number and kbit, mbit or gbit, and for one way a number and us, ms or s, "
+                         f"like 100mbit or 1gbit,1ms, got {emulate!r}")
+    return float(rate_match[1]) * _UNITS[rate_match[2]], float(late_match[1]) * _UNITS[late_match[2]] if comma else 0.0
 
 
 def missing() -> str | None:
@@ -56,17 +77,18 @@ def missing() -> str | None:
 
 
 class Link:
-    """Context manager: `world` ranks on a network where each machine, of `machine` ranks, sends at most at `rate`, e.g. "1gbit";
-    None is unshaped."""
+    """Context manager: `world` ranks on a network where each machine, of `machine` ranks, sends at most at the rate of
+    `emulate`, e.g. "1gbit" or "1gbit,1ms", and what it sends arrives a latency later; None is unshaped.
 
-    def __init__(self, world: int, rate: str | None, machine: int = 1):
+    It is entered by a thread that lives as long as the network: a switch in user space ends with it."""
+
+    def __init__(self, world: int, emulate: str | None, machine: int = 1):
         if world < 2:
             raise ValueError(f"a network needs at least 2 ranks, got {world}")
         if machine < 1:
             raise ValueError(f"a machine needs at least 1 rank, got {machine}")
-        if rate is not None:
-            bits_per_second(rate)
-        self.world, self.rate, self.machine = world, rate, machine
+        self.latency = latency(emulate) if emulate is not None else 0.0
+        self.world, self.emulate, self.machine = world, emulate, machine
         prefix = f"commopt-{os.getpid()}-{next(_numbers)}"
         self._switch = f"{prefix}-switch"
         self.namespaces = [f"{prefix}-{rank}" for rank in range(world)]
@@ -81,7 +103,7 @@ class Link:
         with contextlib.ExitStack() as exits:
             exits.callback(lambda: _remove({self._switch, *self.machines, *self.namespaces} & set(_existing())))
             exits.enter_context(sigterm_raises())
-            self._make()
+            self._make(exits)
             self._exits = exits.pop_all()
         self.entered = True
         return self
@@ -90,23 +112,56 @@ class Link:
         self.entered = False
         self._exits.close()
 
-    def _make(self) -> None:
-        _add_switch(self._switch)
-        for i, name in enumerate(self.machines):
-            _add_switch(name)
-            _connect(name, UPLINK, self._switch, f"port{i}")
-            _ip("-n", name, "link", "set", UPLINK, "master", "bridge")
-            if self.rate is not None:
-                shape(self.rate, name, UPLINK)
-        for rank, name in enumerate(self.namespaces):
+    def _make(self, exits: contextlib.ExitStack) -> None:
+        names = {self._switch, *self.machines, *self.namespaces}
+        for name in names:
             _ip("netns", "add", name)
+        shaped = [(name, UPLINK) for name in self.machines] or [(name, DEVICE) for name in self.namespaces]
+        self._connect_all(shaped, exits)
+        for i, name in enumerate(self.machines):
+            _add_bridge(name)
+            _ip("-n", name, "link", "set", UPLINK, "master", "bridge")
+            for rank in range(i * self.machine, min((i + 1) * self.machine, self.world)):
+                _connect(self.namespaces[rank], DEVICE, name, f"port{rank}")
+        for rank, name in enumerate(self.namespaces):
             _ip("-n", name, "link", "set", "lo", "up")
-            _connect(name, DEVICE, self.machines[rank // self.machine] if self.machines else self._switch, f"port{rank}")
+            _ip("-n", name, "link", "set", DEVICE, "address", switch.address(rank))
             _ip("-n", name, "address", "add", f"{_address(rank)}/16", "dev", DEVICE)
             if _CONGESTION in _available():
                 _ip("-n", name, "route", "replace", "10.77.0.0/16", "dev", DEVICE, "src", _address(rank), "congctl", _CONGESTION)
-            if self.rate is not None and not self.machines:
-                shape(self.rate, name)
+            if self.emulate is not None:  # what is more than the burst would be cut, and counted with the headers of each piece
+                _ip("-n", name, "link", "set", DEVICE, "gso_max_size", str(min(1 << 16, _burst(self.emulate) * 9 // 10)))
+        for name, device in shaped if self.emulate is not None else []:
+            shape(self.emulate, name, device)
+
+    def _connect_all(self, ports: list[tuple[str, str]], exits: contextlib.ExitStack) -> None:
+        """Makes each interface and its cable to the switch, on which packets take the latency."""
+        netem = self.latency and _has_netem(self._switch)
+        if self.latency and not netem:
+            return self._connect_in_user_space(ports, exits)
+        _add_bridge(self._switch)
+        for i, (name, device) in enumerate(ports):
+            _connect(name, device, self._switch, f"port{i}")
+            if netem:
+                _run([_path("tc"), "-n", self._switch, "qdisc", "add", "dev", f"port{i}", "root", "netem",
+                      "delay", f"{1e6 * self.latency:.0f}us", "limit", "100000"])
+
+    def _connect_in_user_space(self, ports: list[tuple[str, str]], exits: contextlib.ExitStack) -> None:
+        if bits_per_second(self.emulate) > _KEEPS_UP:
+            raise RuntimeError(f"an emulated network cannot be made here: with a latency it keeps up with {_KEEPS_UP / 1e9:.0f}gbit, got {self.emulate}. "
+                               "More needs a kernel with the module sch_netem")
+        arguments = [str(os.getpid()), str(self.latency), str(self.machine), *itertools.chain.from_iterable(ports)]
+        process = subprocess.Popen([sys.executable, "-I", switch.__file__, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        exits.callback(process.wait)
+        exits.callback(process.kill)
+        with process.stdout:
+            if (said := process.stdout.readline()) != "ready\n":
+                said = (said + process.stdout.read()).strip().splitlines()[-1:]
+                raise RuntimeError(f"an emulated network cannot be made here: the switch that adds a latency failed: {''.join(said)}. It needs /dev/net/tun "
+                                   "(in a container: --device /dev/net/tun), or a kernel with the module sch_netem")
+        for name, device in ports:
+            _ip("-n", name, "link", "set", device, "mtu", str(_MTU), "up")
 
     def command(self, rank: int, command: list[str]) -> list[str]:
         """The command line that runs `command` in the namespace of a rank."""
@@ -137,12 +192,16 @@ def shape(rate: str | None, namespace: str | None = None, device: str = DEVICE) 
         if " tbf " in _run([*where, "qdisc", "show", "dev", device]):
             _run([*where, "qdisc", "del", "dev", device, "root"])
         return
-    # The burst is what may be sent at once after a pause. Too small, and every late timer of a busy machine loses rate;
-    # too large, and small messages travel for nothing. The limit is the queue: TCP holds back long before it is full.
-    per_ms = bits_per_second(rate) / 8e3
-    burst, limit = max(16 * 1024, int(per_ms)), max(1 << 20, int(per_ms * 50))
+    # The limit is the queue: TCP holds back long before it is full.
+    bits = bits_per_second(rate)
     _run([*where, "qdisc", "replace", "dev", device, "root", "tbf",
-          "rate", f"{int(bits_per_second(rate))}bit", "burst", f"{burst}b", "limit", f"{limit}b"])
+          "rate", f"{int(bits)}bit", "burst", f"{_burst(rate)}b", "limit", f"{max(1 << 20, int(bits / 160))}b"])
+
+
+def _burst(rate: str) -> int:
+    """Bytes that may be sent at once after a pause. Too few, and every late timer of a busy machine loses rate; too many, and
+    small messages travel for nothing."""
+    return max(16 * 1024, int(bits_per_second(rate) / 8e3))
 
 
 @contextlib.contextmanager
@@ -199,8 +258,12 @@ def _ip(*arguments: str) -> str:
     return _run([_path("ip"), *arguments])
 
 
-def _add_switch(namespace: str) -> None:
-    _ip("netns", "add", namespace)
+def _has_netem(namespace: str) -> bool:
+    """Whether the kernel has it, or can load it. Tried where nothing is sent."""
+    return not subprocess.run([_path("tc"), "-n", namespace, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"], capture_output=True).returncode
+
+
+def _add_bridge(namespace: str) -> None:
     _ip("-n", namespace, "link", "add", "bridge", "type", "bridge")
     _ip("-n", namespace, "link", "set", "bridge", "up")
 

@@ -71,6 +71,19 @@ class Perceptron(nn.Module):
         return self.last(x)
 
 
+class Stack(nn.Module):
+    """Linear layers with tanh and a path around each, so that gradients have one scale at any depth: float32 [batch, width] -> the same."""
+
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + 0.3 * torch.tanh(layer(x))
+        return x
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions with batch normalization, and a path around them, projected where the shape changes."""
 

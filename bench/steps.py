@@ -45,16 +45,16 @@ class Work(NamedTuple):
     batch: Callable[[int, int], Tensor]
 
 
-def link_of(world: int, rate: str | None, machine: int = 1) -> link.Link | None:
+def link_of(world: int, emulate: str | None, machine: int = 1) -> link.Link | None:
     """The emulated network of a bench; None is the loopback."""
-    return link.Link(world, rate, machine) if rate else None
+    return link.Link(world, emulate, machine) if emulate else None
 
 
 def compare(module: str, arguments: dict[str, Any], parameters: int, network: link.Link | None) -> dict[str, Any]:
     """Has `module`, whose worker calls `serve`, measure arguments["specs"], of which the first is plain, "rounds" times on
     the network. arguments["timeout"]: seconds, None is some times what plain DDP would take for as many parameters."""
     specs, rounds = arguments["specs"], arguments["rounds"]
-    rate = link.bits_per_second(network.rate) if network else None
+    rate = link.bits_per_second(network.emulate) if network else None
     timeout = arguments["timeout"] or time_limit(len(specs) * (rounds + 2), parameters, rate)
     result = launch.run(module, arguments, arguments["world"], timeout=timeout, link=network)
     plain = result["rows"][0]["added_ms"]
@@ -247,11 +247,11 @@ def row(c: Candidate, emulated: bool) -> dict:
     }
 
 
-def kernels_in_use() -> str:
-    """What serves the ops, e.g. "cpu (avx512)"."""
+def kernels_in_use(device: str = "cpu") -> str:
+    """What serves the ops on this kind of device, e.g. "cpu (avx512)"."""
     from commopt import backends
 
-    names = sorted(set(backends.owners("cpu").values()))
+    names = sorted(set(backends.owners(device).values()))
     if "cpu" in names:
         from commopt import _C
 

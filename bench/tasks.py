@@ -45,10 +45,10 @@ _adamw = torch.optim.AdamW
 _nesterov = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 TASKS = {
-    "gpt": Task(_adamw, 1e-3, 400, _text, _PER_BYTE),
+    "gpt": Task(_adamw, 2e-3, 400, _text, _PER_BYTE),
     "lstm": Task(_adamw, 4e-3, 300, _text, _PER_BYTE),
     "resnet": Task(_nesterov, 0.05, 200, lambda: images.batch(_IMAGES, torch.Generator().manual_seed(1 << 40)), _CROSS_ENTROPY),
-    "recommender": Task(_adamw, 1e-2, 600, lambda: clicks.batch(_CLICKS, torch.Generator().manual_seed(1 << 40)), _CROSS_ENTROPY),
+    "recommender": Task(_adamw, 2e-2, 600, lambda: clicks.batch(_CLICKS, torch.Generator().manual_seed(1 << 40)), _CROSS_ENTROPY),
 }
 
 

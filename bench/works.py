@@ -4,6 +4,7 @@
     lstm       ByteLSTM on the same
     mlp        a multilayer perceptron on waves of ten directions, see images.py
     resnet     ResNet with batch normalization on the same
+    stack      linear layers on noise, in DDP's default buckets: few rows, so that a step is mostly communication
     recommender  embeddings of users and items and a perceptron on clicks, see clicks.py
     sleeping   emulated computation that costs no processor: layers of 20 ms forward and 30 ms backward, of 0.625 MiB each
 """
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import clicks, images, text
-from .models import ByteGPT, ByteLSTM, Perceptron, Recommender, ResNet, Sleeping, next_byte_loss
+from .models import ByteGPT, ByteLSTM, Perceptron, Recommender, ResNet, Sleeping, Stack, next_byte_loss
 from .steps import Work
 
 CONTEXT = 128  # bytes that a model of text sees at once
@@ -65,6 +66,10 @@ def _clicks(width: int, size: int):
     return (lambda model, batch: F.binary_cross_entropy_with_logits(model(*batch[:2]), batch[2])), lambda generator: clicks.batch(size, generator)
 
 
+def _noise(width: int, size: int):
+    return lambda model, x: model(x).square().mean(), lambda generator: torch.randn(size, width, generator=generator)
+
+
 def _values(width: int, size: int):
     """Values that the layers are to turn into ones."""
     return lambda model, x: 0.5 * (model(x) - 1).square().sum(), lambda generator: 0.5 + torch.rand(320, width, generator=generator)
@@ -76,5 +81,6 @@ KINDS = {
     "mlp": Kind(Perceptron, _images, 512, 4, 32),
     "resnet": Kind(ResNet, _images, 16, 3, 16),
     "recommender": Kind(partial(Recommender, users=clicks.USERS, items=clicks.ITEMS), _clicks, 32, 2, 256),
+    "stack": Kind(Stack, _noise, 1280, 15, 8, bucket_mb=25.0),
     "sleeping": Kind(Sleeping, _values, 512, 8, 1, bucket_mb=0.6),
 }

@@ -19,8 +19,9 @@ from .wire import Layout
 BENCHES = {
     "kernels": "speed of the kernels, against the memory, torch and torch.compile",
     "collectives": "what an exchange costs by each collective, predicted and measured",
-    "bandwidth": "what communication adds to a DDP step, over a slow link or the loopback",
+    "bandwidth": "of exchanges of every size, as nccl-tests shows it, by each spec",
     "step": "what a training step takes under each schedule, and when its parts are at work",
+    "hook": "what the hook itself costs: host, kernels launched, and what backward loses",
     "accuracy": "loss of four tasks on what they have not seen, against bytes and seconds",
     "rivals": "ours against PyTorch's own hooks and other peers: communication of the best that keep the loss",
 }
@@ -103,7 +104,10 @@ def _bench(name: str, argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.json not in (None, "-") and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"--json: there is no directory {Path(args.json).resolve().parent}")  # said before hours of work, not after
-    result, text = module.main(args)
+    found = module.main(args)
+    if found is None:  # another rank shows it
+        return 0
+    result, text = found
     named = {"bench": name, "command": shlex.join(["python", "-m", "commopt", "bench", name, *argv]),
              "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     _show(named | result, text, args.json)

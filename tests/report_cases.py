@@ -81,6 +81,13 @@ def bandwidth(specs=("none", *SPECS[2:]), sizes=tuple(1 << k for k in range(10, 
     return {"what": {"world": 2, "link": "1gbit", **VERSIONS}, "rows": rows}
 
 
+def hook(specs=SPECS[2:]) -> dict:
+    """Backwards of 10, 11, 12, ... ms; on a GPU, where the second spec has the host wait."""
+    rows = [{"spec": spec, "host_us": 40.0 + i if i else None, "launches": 3.0 + i if i else None, "device_us": 55.0 * i if i else None, "backward_ms": 10.0 + i, "slower": 1 + i / 10,
+             "waits": i == 2 if i else None, "times_ms": [10.0 + i]} for i, spec in enumerate(["no_sync", *specs])]
+    return {"what": {"device": "cuda", "width": 2048, "layers": 8, "batch": 4096, "rounds": 30, "machine": "a GPU", "kernels": "cuda", **VERSIONS}, "rows": rows}
+
+
 def stats(steps: int, **other) -> dict:
     """As handle.stats() gives it after so many steps, each of 1 MB of gradients sent as 250 kB, waiting 2 ms and sending for 6."""
     return {"steps": steps, "bytes_raw": 1_000_000 * steps, "bytes_wire": 250_000 * steps, "ratio": 4.0, "encode_ms": 0.5, "comm_ms": 6.0, "decode_ms": 0.25, "exposed_ms": 2.0, "predicted_ms": None,
@@ -98,7 +105,7 @@ def all_files(folder: pathlib.Path) -> list[str]:
     diverged["results"][0]["runs"]["int8"][0]["curve"][-2:] = [{"step": 350, "loss": math.nan, "seconds": 1.0, "bytes": 1e6}, {"step": 400, "loss": math.inf, "seconds": 2.0, "bytes": 2e6}]
     files = {
         "accuracy": accuracy(), "step": steps(), "kernels": kernels(), "collectives": collectives(), "bandwidth": bandwidth(),
-        "rivals": rivals.judged({"what": STEPS_WHAT, "rows": added()}, learnt(), 0.07),
+        "hook": hook(), "rivals": rivals.judged({"what": STEPS_WHAT, "rows": added()}, learnt(), 0.07),
         "bandwidth of one size": bandwidth(sizes=(1 << 20,)), "bandwidth of steps": {"what": STEPS_WHAT, "rows": added()},
         "accuracy of one seed": diverged, "step of few": steps(()), "accuracy of many": accuracy([f"int4:block={16 * i}" for i in range(1, 22)], 1, 60),
         "accuracy of tasks": {"results": [learnt(task="recommender"), learnt(SPECS[:3], task="resnet", loss=steep)]},

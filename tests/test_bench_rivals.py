@@ -264,7 +264,7 @@ def test_an_absent_peer_is_left_out_with_a_line(capsys, monkeypatch):
     line = "not installed (pip install git+https://github.com/epfml/powersgd.git)"
     assert capsys.readouterr().err == (f"epfml:powersgd4, epfml:powersgd16: {line}\n"
                                        "grace:qsgd: not installed (git clone https://github.com/sands-lab/grace.git && pip install -e grace)\n")
-    for bench in ("accuracy", "step", "bandwidth"):  # named there, it is a mistake
+    for bench in ("accuracy", "step"):  # named there, it is a mistake
         assert main(["bench", bench, "--spec", "plain,epfml:powersgd4"]) == 2 and capsys.readouterr().err == f"epfml:powersgd4: {line}\n"
 
 

@@ -248,16 +248,16 @@ def test_mixed_dtypes_and_channels_last(rank, world):
         close(conv.weight.grad.flatten(), mean, 3 * 2.0**-11 * float(mean.abs().max()))
 
 
-@pytest.mark.parametrize("mode", [True, False, "python_reducer"], ids=str)
+@pytest.mark.parametrize("mode, schedule", [(True, "pipelined"), (False, "pipelined"), ("python_reducer", "pipelined"), ("python_reducer", "decoupled")], ids=str)
 @each_rank(2, seconds=120)
-def test_compiled_models(rank, world, mode):
+def test_compiled_models(rank, world, mode, schedule):
     torch._dynamo.config.optimize_ddp = mode
     torch._dynamo.config.compiled_autograd = mode == "python_reducer"
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 30))
     ddp = DDP(copy.deepcopy(net))
     compiled = torch.compile(ddp, backend="aot_eager")
-    handle = commopt.attach(compiled, "int8", start_step=0)
+    handle = commopt.attach(compiled, "int8", start_step=0, schedule=schedule)
     torch.manual_seed(rank)
     x = torch.randn(16, 40)
     net(x).square().mean().backward()

@@ -1,5 +1,6 @@
 """What the README shows works as it is written."""
 
+import importlib
 import pathlib
 import re
 
@@ -7,6 +8,8 @@ import torch
 
 import commopt
 from commopt import backends
+from commopt.__main__ import BENCHES, main
+from commopt.bench import candidates, launch
 from commopt.compressors import base, overview
 from commopt.wire import Layout
 
@@ -43,3 +46,26 @@ def test_the_table_of_specs_is_that_of_the_registry():
 def test_exactly_two_commands_set_up_and_run():
     commands = [line for line in README.splitlines() if "pip install" in line]
     assert len(commands) == 2 and commands[0].endswith("-m commopt bench accuracy") and commands[1].endswith("-m pytest")
+
+
+def test_the_page_of_the_benches_says_what_help_says():
+    """Every number that a bench defines, word for word."""
+    page = (pathlib.Path(__file__).parent.parent / "bench/README.md").read_text()
+    for name in [*BENCHES, "wrong"]:
+        defined = [line for line in importlib.import_module(f"commopt.bench.{name}").__doc__.splitlines() if line.startswith("    ")]
+        missing = [line for line in defined if line[4:] not in page and not line[4:].startswith(("python", "torchrun"))]
+        assert not missing, f"bench/README.md lacks these lines of bench {name}:\n" + "\n".join(line[4:] for line in missing)
+        assert name == "wrong" or f"\n## {name}\n" in page
+
+
+def test_every_command_of_the_pages_is_taken(monkeypatch):
+    """Each command for a figure is one that its bench understands."""
+    pages = README + (pathlib.Path(__file__).parent.parent / "bench/README.md").read_text()
+    commands = set(re.findall(r"`python -m commopt bench (\w+) ([^`]*)`", pages.replace("\n", " ")))
+    commands.discard(("NAME", "--help"))
+    assert len(commands) > 15 and {name for name, _ in commands} == set(BENCHES)
+    for name, options in commands:
+        module, taken = importlib.import_module(f"commopt.bench.{name}"), []
+        monkeypatch.setattr(module, "main", taken.append)
+        assert main(["bench", name, *options.split()]) == 0, (name, options)
+        candidates.check([spec for spec in launch.split_specs(taken[0].spec or "none") if not candidates.missing(spec)])

@@ -153,6 +153,17 @@ def test_training_that_diverged_throughout_is_shown(tmp_path):
         assert rows_of(root)["int8"][bench == "accuracy"] in ("nan", "+nan")
 
 
+def test_hook_shows_what_it_costs(tmp_path):
+    result = cases.hook()
+    root, rows = shown(tmp_path, "hook", result), result["rows"]
+    for title, key in (("A backward, median", "backward_ms"), ("The host in the hook, for a bucket", "host_us"), ("The GPU, for a bucket", "device_us")):
+        svg = chart(root, title)
+        x, zero = scale(svg, "x-axis"), float(classed(svg, "zero")[0].get("x1"))
+        wanted = [row[key] for row in rows if row[key] is not None]
+        assert [x(zero + float(bar.get("width"))) for bar in classed(svg, "bar")] == pytest.approx(wanted, rel=0.01)
+    assert f"waits for the GPU with {rows[2]['spec']}." in text(classed(root, "verdict")[0])
+
+
 def test_step_shows_times_and_lanes_at_one_scale(tmp_path):
     result = cases.steps()
     root, rows = shown(tmp_path, "step", result), result["rows"]

@@ -8,10 +8,11 @@ import commopt
 from .. import accuracy as bench_accuracy
 from .. import bandwidth as bench_bandwidth
 from .. import collectives as bench_collectives
+from .. import hook as bench_hook
 from .. import kernels as bench_kernels
 from .. import rivals as bench_rivals
 from .. import step as bench_step
-from . import accuracy, bandwidth, collectives, kernels, log, rivals, step
+from . import accuracy, bandwidth, collectives, hook, kernels, log, rivals, step
 from .circumstances import circumstances
 from .colours import Colours
 from .markup import Child, Markup, tag
@@ -24,6 +25,7 @@ KINDS: dict[str, tuple[Body, str]] = {  # kind of a file -> what shows it, and w
     "accuracy": (accuracy.body, bench_accuracy.__doc__),
     "bandwidth": (bandwidth.body, bench_bandwidth.__doc__),
     "collectives": (collectives.body, bench_collectives.__doc__),
+    "hook": (hook.body, bench_hook.__doc__),
     "kernels": (kernels.body, bench_kernels.__doc__),
     "rivals": (rivals.body, bench_rivals.__doc__),
     "step": (step.body, bench_step.__doc__),

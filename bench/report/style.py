@@ -35,7 +35,7 @@ dl{display:flex;flex-wrap:wrap;gap:6px 22px;margin:0 0 18px;font-size:13px}
 dl div{display:flex;gap:6px;min-width:0}
 dt{color:var(--soft);white-space:nowrap}
 dd{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
-.verdict{font-size:17px;margin:0 0 18px;max-width:52em}
+.verdict{font-size:17px;margin:0 0 18px;max-width:52em;overflow-wrap:anywhere}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:6px 20px;margin:0 0 14px;padding:0;font-size:13px}
 .legend li{display:flex;align-items:center;gap:7px;min-width:0}
 .legend code{overflow-wrap:anywhere}

@@ -25,10 +25,11 @@ class Bucket:
 
     def _neighbours(self) -> list[tuple[list[int], list[int]]]:
         """The parameters that lie in the same pieces, and those pieces; both by their places."""
+        spans = [(piece.plan.start, piece.plan.start + piece.plan.n) for piece in self.pieces]
         runs, stop = defaultdict(list), 0
         for place, parameter in enumerate(self.plan.parameters):
             start, stop = stop, stop + parameter.numel
-            runs[tuple(i for i, piece in enumerate(self.pieces) if piece.plan.start < stop and piece.plan.start + piece.plan.n > start)].append(place)
+            runs[tuple(i for i, (begin, end) in enumerate(spans) if begin < stop and end > start)].append(place)
         return [(places, list(pieces)) for pieces, places in runs.items()]
 
     def begin(self, traffic: Traffic, x: Tensor, joined: bool) -> tuple[Future, list[Future]]:

@@ -20,7 +20,7 @@ def hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Te
 def _hook_of_parameter(state: State, grad: torch.Tensor, parameter: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
     flat = grad.contiguous().view(-1)
     future = state.exchange(flat, [parameter], last=True)
-    future.wait()  # here the result is expected in grad, and what is returned is ignored
+    state.land(future)  # here the result is expected in grad, and what is returned is ignored
     if flat.data_ptr() != grad.data_ptr():
         grad.copy_(flat.view(grad.shape))
     return future

@@ -57,7 +57,7 @@ class Plan:
         collective = "gather" if len(lossy) > 1 else lossy.pop() if lossy else "sum"  # every compressor's messages can be gathered
         if self.world == 2 and collective in ("two_shot", "sparse_two_shot"):
             collective = "gather"  # as many bytes, in one round, and rounded once
-        if collective == "gather" and (self.world - 1) * layout(self.parts, self.exact.numel()).nbytes >= self.reduced:
+        if collective == "gather" and self.world > 1 and (self.world - 1) * layout(self.parts, self.exact.numel()).nbytes >= self.reduced:
             return self._summed()  # that would be more than an all-reduce
         if collective == "integer_sum":
             words = sum(sum(part.compressor.shared_words(part.stop - part.start, self.world)) for part in self.lossy)
