@@ -32,7 +32,7 @@ def nothing_is_lost(plans, steps: int = 3, seed: int = 0) -> list:
     return networks
 
 
-@pytest.mark.parametrize("world", [2, 3, 4, 8, 16, 64])
+@pytest.mark.parametrize("world", [2, 3, 4, 8, 16, 32])
 @pytest.mark.parametrize("spec", [
     "int8:ef=true", "int4", "sign", "fp8:ef=true", "mxfp4", "randomk:ratio=0.05", "powersgd:rank=2,values=float32", "topk:ratio=0.02",
     "topk:ratio=0.02,collective=gather", "topk:ratio=0.02,collective=sparse_two_shot", "topk:ratio=0.02,collective=sparse_two_shot,values=int8",
@@ -41,7 +41,7 @@ def nothing_is_lost(plans, steps: int = 3, seed: int = 0) -> list:
 ])
 def test_nothing_is_lost_on_any_number_of_ranks(spec, world):
     plans = plans_for(SHAPES, spec, world)
-    nothing_is_lost(plans, steps=2 if world == 64 else 3)
+    nothing_is_lost(plans, steps=2 if world == 32 else 3)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8, 64])
@@ -69,7 +69,7 @@ def test_a_two_shot_sends_two_messages_in_all(world):
 
 
 @pytest.mark.parametrize("scope", ["global", "threshold"])
-@pytest.mark.parametrize("world", [3, 4, 16, 64])
+@pytest.mark.parametrize("world", [3, 4, 24])
 def test_a_sparse_two_shot_sends_at_most_three_lists(world, scope):
     """Gradients whose entries crowd: the first tenth is 30 times as large. Shards become as short there as they must."""
     n = 400 * 1024
