@@ -7,16 +7,21 @@ has a time limit; when it is over, or a rank fails, the others are ended and the
 import datetime
 import faulthandler
 import gc
+import importlib
 import inspect
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,7 +36,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # large tensors go back to the system when freed: resident memory is what is held
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "torch.onnx", "pytest", "numpy"])
+_SLOW_TO_IMPORT = ["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "torch.onnx", "pytest", "numpy"]
+_context.set_forkserver_preload(_SLOW_TO_IMPORT)
 
 
 def each_rank(*worlds: int, seconds: float = 60, timeout: float = 30):
@@ -130,6 +136,50 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+# --- how processes end ---
+
+
+class Ending(NamedTuple):
+    """Of a process: its exit code, its seconds, and what it said."""
+
+    code: int
+    seconds: float
+    said: str
+
+
+def endings(module: str, ways: list[str], seconds: float = 120) -> list[dict[str, Ending]]:
+    """On each of two ranks: a way to end -> what became of a process whose script is module.train_and_exit(rank, 2, port, way). Each is
+    forked from one that has imported what takes long, and ends as an interpreter does."""
+    ports = {way: free_port() for way in ways}
+    code = f"import ranks; ranks._fork_each({module!r}, RANK, {ports!r})"
+    running = [subprocess.Popen([sys.executable, "-c", code.replace("RANK", str(rank))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        answers = [process.communicate(timeout=seconds) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert all(process.returncode == 0 for process in running), answers
+    return [{way: Ending(*ended) for way, ended in json.loads(out.splitlines()[-1]).items()} for out, _ in answers]
+
+
+def _fork_each(module: str, rank: int, ports: dict[str, int]) -> None:
+    for name in _SLOW_TO_IMPORT:
+        importlib.import_module(name)
+    script, ended = importlib.import_module(module).train_and_exit, {}
+    for way, port in ports.items():
+        begin = time.monotonic()
+        with tempfile.TemporaryFile("w+") as said:
+            if (child := os.fork()) == 0:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+                return script(rank, 2, port, way)
+            _, status = os.waitpid(child, 0)
+            said.seek(0)
+            ended[way] = Ending(os.waitstatus_to_exitcode(status), time.monotonic() - begin, said.read())
+    print(json.dumps(ended), flush=True)
 
 
 # --- what the bodies check with ---

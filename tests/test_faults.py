@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commopt
 from commopt.collectives.merge import WORTH
-from ranks import Given, close, conserved, each_rank, free_port, raised, run, same, same_everywhere, start
+from ranks import Given, close, conserved, each_rank, endings, raised, run, same, same_everywhere, start
 
 SHAPES = [(64, 33), (7,), (50, 50), (40, 40)]
 
@@ -361,12 +360,12 @@ def test_a_rank_that_hangs_is_reported_after_the_timeout(spec, world):
 # --- the end of the process ---
 
 
-def train_and_exit(rank: int, world: int, port: int, spec: str, how: str) -> None:
+def train_and_exit(rank: int, world: int, port: int, how: str) -> None:
     """A script: trains, then ends in one of several ways."""
     torch.set_num_threads(1)
     start(rank, world, port)
     ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
-    commopt.attach(ddp, spec, start_step=0)
+    commopt.attach(ddp, "int4", start_step=0)
     for step in range(5):
         given_step(ddp, rank, step)
         if how == "exception" and step == 3:
@@ -387,24 +386,13 @@ ENDS = {"destroyed": 0, "destroyed first": 0, "left": 0, "exception": 1, "status
 
 
 def test_a_process_ends_with_its_own_exit_code():
-    """All ways at once, two ranks each: with the groups destroyed or not, an exception, sys.exit, SIGTERM."""
-    running = []
-    for how in ENDS:
-        port = free_port()
-        for rank in range(2):
-            code = f"import test_faults; test_faults.train_and_exit({rank}, 2, {port}, 'int4', {how!r})"
-            running.append((how, subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)))
-    try:
-        for how, process in running:
-            out, err = process.communicate(timeout=90)
-            assert process.returncode == ENDS[how], f"{how}: exit code {process.returncode}\n{err}"
-            assert ("trained" in out) == (ENDS[how] == 0), f"{how}: {out}\n{err}"
-            assert "terminate called" not in err and "Fatal Python error" not in err, f"{how}: {err}"
-            assert ("KeyError: 'of the training loop'" in err) == (how == "exception"), f"{how}: {err}"
-    finally:
-        for _, process in running:
-            process.kill()
-            process.wait()
+    """With the groups destroyed or not, an exception, sys.exit, SIGTERM."""
+    for ended in endings("test_faults", list(ENDS)):
+        for how, (code, _, said) in ended.items():
+            assert code == ENDS[how], f"{how}: exit code {code}\n{said}"
+            assert ("trained" in said) == (ENDS[how] == 0), f"{how}: {said}"
+            assert "terminate called" not in said and "Fatal Python error" not in said, f"{how}: {said}"
+            assert ("KeyError: 'of the training loop'" in said) == (how == "exception"), f"{how}: {said}"
 
 
 # --- memory and threads ---

@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 import commopt
 import test_faults  # registers compressors that fail
 from commopt.schedulers.awaited import AwaitedParameter
-from ranks import Given, Mixed, close, each_rank, free_port, loss_of, raised, run, same, same_everywhere, slow, start
+from ranks import Given, Mixed, close, each_rank, endings, loss_of, raised, run, same, same_everywhere, slow, start
 from test_state import through_a_file
 
 SCHEDULES = ["with_optimizer", "priority", "decoupled"]
@@ -323,32 +322,10 @@ ENDS = {"destroyed": 0, "destroyed, then looks": 0, "one looks": 0, "left": 0, "
 
 
 def test_a_process_ends_with_its_own_exit_code_and_soon():
-    """All ways, two ranks each. They import torch once: each is forked from one that has."""
-    code = "import test_schedulers_faults as t; t.fork_and_exit({rank}, {ports})"
-    ports = {how: free_port() for how in ENDS}
-    running = [subprocess.Popen([sys.executable, "-c", code.format(rank=rank, ports=ports)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        for rank, process in enumerate(running):
-            out, err = process.communicate(timeout=120)
-            codes = dict(line.removeprefix("ended ").rsplit(" ", 1) for line in out.splitlines() if line.startswith("ended "))
-            assert codes == {how: str(code) for how, code in ENDS.items()}, f"rank {rank}: {codes}\n{out}\n{err}"
-            assert "terminate called" not in err and "Fatal Python error" not in err and "failed" not in err, err
-            assert max(float(line.split()[1]) for line in out.splitlines() if line.startswith("took ")) < 12, out
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-
-def fork_and_exit(rank: int, ports: dict[str, int]) -> None:
-    """One process after the other, each ends as an interpreter does."""
-    for how, port in ports.items():
-        begin = time.monotonic()
-        if (child := os.fork()) == 0:
-            train_and_exit(rank, 2, port, how)
-            return
-        _, status = os.waitpid(child, 0)
-        print(f"took {time.monotonic() - begin}\nended {how} {os.waitstatus_to_exitcode(status)}", flush=True)
+    for ended in endings("test_schedulers_faults", list(ENDS)):
+        for how, (code, seconds, said) in ended.items():
+            assert code == ENDS[how] and seconds < 12, f"{how}: exit code {code} after {seconds} s\n{said}"
+            assert "terminate called" not in said and "Fatal Python error" not in said and "failed" not in said, f"{how}: {said}"
 
 
 # --- what is held ---
