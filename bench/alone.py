@@ -30,8 +30,8 @@ def _mean(spec: str, shape: tuple[int, int], xs: list[Tensor], step: int, nodes:
     for pieces in zip(*ranks):
         memory, everyone, running = _Memory(), tuple(range(len(xs))), []
         for rank, (piece, x) in enumerate(zip(pieces, xs)):
-            piece.plan.step, span = step, slice(piece.plan.start, piece.plan.start + piece.plan.n)
-            running.append(piece.begin(_Between(memory, everyone, rank), x[span], None))
+            piece.plan.step = step
+            running.append(piece.begin(_Between(memory, everyone, rank), x[piece.plan.span], None))
         _run(running)
     return xs[0]
 

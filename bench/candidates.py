@@ -9,10 +9,12 @@ A peer is a file in rivals/ and a line in PEERS. The file has four functions, of
 """
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commopt
@@ -66,6 +68,19 @@ def bytes_per_step(spec: str, ddp: DistributedDataParallel, handle: commopt.Stat
         stats = handle.stats()
         return stats["bytes_wire"] / stats["steps"]
     return _peer(spec).bytes_per_step(_name(spec), ddp) if _peers(spec) else ring(4 * sum(p.numel() for p in ddp.parameters()))
+
+
+def averaged_by(average: Callable[[list[Tensor], list[Tensor]], None], ddp: DistributedDataParallel) -> DistributedDataParallel:
+    """The module with a hook that blocks: average(parameters, gradients) replaces the gradients of a bucket by their mean."""
+
+    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        average(bucket.parameters(), bucket.gradients())
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    ddp.register_comm_hook(None, hook)
+    return ddp
 
 
 def ring(nbytes: float) -> float:

@@ -71,7 +71,7 @@ class Ours:
         begin = time.perf_counter()
         futures = []
         for piece in self.pieces:
-            piece.plan.step, span = self.plan.step, slice(piece.plan.start, piece.plan.start + piece.plan.n)
+            piece.plan.step, span = self.plan.step, piece.plan.span
             futures.append(self.traffic.exchange(piece, x[span], None if self.residual is None else self.residual[..., span]))
         self._began = time.perf_counter() - begin
         self.traffic.close()

@@ -99,7 +99,7 @@ def in_pieces(bucket: list[Plan], xs: list, residuals: list, step: int) -> None:
     for some in zip(*(plan.pieces(True) for plan in bucket)):
         for piece in some:
             piece.prepared, piece.step = prepare(piece), step
-        span = slice(some[0].start, some[0].start + some[0].n)
+        span = some[0].span
         exchange(list(some), [x[span] for x in xs], [None if r is None else r[..., span] for r in residuals])
 
 

@@ -11,11 +11,10 @@ PyPI's `powersgd` 0.0.2 holds no code.
 import importlib.util
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..candidates import ring
+from ..candidates import averaged_by, ring
 
 LEAST_RATE = 2  # Config's min_compression_rate: what is not compressed more than that is sent as it is
 
@@ -32,18 +31,14 @@ def wrap(name: str, model: nn.Module, bucket_mb: float) -> DistributedDataParall
     aggregator = powersgd.PowerSGD(parameters, config=powersgd.Config(rank=_rank(name), start_compressing_after_num_steps=0))
     residuals = [torch.zeros_like(p) for p in parameters]
 
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        gradients = {id(p): gradient for p, gradient in zip(bucket.parameters(), bucket.gradients())}  # DDP changes their order
+    def average(given: list[Tensor], gradients: list[Tensor]) -> None:
+        of = {id(p): gradient for p, gradient in zip(given, gradients)}  # DDP changes their order
         for p, residual in zip(parameters, residuals):
-            residual.add_(gradients[id(p)])
+            residual.add_(of[id(p)])
         for p, mean in zip(parameters, aggregator.aggregate(residuals)):  # and leaves in them what was not sent
-            gradients[id(p)].copy_(mean)
-        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
+            of[id(p)].copy_(mean)
 
-    ddp.register_comm_hook(None, hook)
-    return ddp
+    return averaged_by(average, ddp)
 
 
 def rough(name: str) -> bool:

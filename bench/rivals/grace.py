@@ -10,10 +10,11 @@ done in a hook, when DDP has a bucket full. All-gathers grow with the ranks: eac
 import importlib.util
 import math
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ..candidates import averaged_by
 
 BUCKET = 128  # values that have a norm of their own: the helper's bucket_size
 
@@ -31,15 +32,11 @@ def wrap(name: str, model: nn.Module, bucket_mb: float) -> DistributedDataParall
     ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
     names = {id(p): name for name, p in ddp.named_parameters()}
 
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        for p, gradient in zip(bucket.parameters(), bucket.gradients()):
+    def average(parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        for p, gradient in zip(parameters, gradients):
             gradient.copy_(grc.step(gradient, names[id(p)]))
-        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
 
-    ddp.register_comm_hook(None, hook)
-    return ddp
+    return averaged_by(average, ddp)
 
 
 def rough(name: str) -> bool:

@@ -25,11 +25,11 @@ class Bucket:
 
     def _neighbours(self) -> list[tuple[list[int], list[int]]]:
         """The parameters that lie in the same pieces, and those pieces; both by their places."""
-        spans = [(piece.plan.start, piece.plan.start + piece.plan.n) for piece in self.pieces]
+        spans = [piece.plan.span for piece in self.pieces]
         runs, stop = defaultdict(list), 0
         for place, parameter in enumerate(self.plan.parameters):
             start, stop = stop, stop + parameter.numel
-            runs[tuple(i for i, (begin, end) in enumerate(spans) if begin < stop and end > start)].append(place)
+            runs[tuple(i for i, span in enumerate(spans) if span.start < stop and span.stop > start)].append(place)
         return [(places, list(pieces)) for pieces, places in runs.items()]
 
     def begin(self, traffic: Traffic, x: Tensor, joined: bool) -> tuple[Future, list[Future]]:
@@ -46,9 +46,8 @@ class Bucket:
         for piece in self.pieces:
             plan = piece.plan
             plan.step, plan.loss_scale, plan.finite = self.plan.step, self.plan.loss_scale, None
-            span = slice(plan.start, plan.start + plan.n)
-            part = x if len(self.pieces) == 1 else x[span]
-            futures.append(traffic.exchange(piece, part, None if residual is None else residual[..., span], one_ended))
+            part = x if len(self.pieces) == 1 else x[plan.span]
+            futures.append(traffic.exchange(piece, part, None if residual is None else residual[..., plan.span], one_ended))
         return whole, futures
 
     def awaited(self, x: Tensor, parameters: list[Tensor], traffic: Traffic, futures: list[Future]) -> list[tuple[list[int], list[Tensor], list[Tensor], list[Future]]]:

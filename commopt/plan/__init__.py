@@ -79,6 +79,11 @@ class Plan:
         """The number of its exchange, its own among all plans and pieces."""
         return PIECES * self.number + self._index
 
+    @property
+    def span(self) -> slice:
+        """Where in its bucket it lies."""
+        return slice(self.start, self.start + self.n)
+
     def pieces(self, sums: bool) -> list["Plan"]:
         """The stretches of this bucket, one after the other, that are exchanged each for itself, so that one is encoded while another
         travels, and what is needed first can go first; itself, where messages are small or go by what the whole bucket holds.
