@@ -47,7 +47,7 @@ def measure(
         able = {spec: list(_able(spec, variants, device, dtypes)) for spec in plan}
         for n in sizes:
             for dtype in dtypes:
-                grads = [g.to(device) for g in gradients.layered(n, dtype, GRADIENTS)]
+                grads = gradients.layered(n, dtype, GRADIENTS, device)
                 for count in threads:
                     torch.set_num_threads(count)
                     for spec, whats in plan.items():
@@ -126,7 +126,7 @@ def _steady(runs: dict[Variant, Run], what: What, threads: int, turns: int, riva
 def _rising(runs: dict[Variant, Run], what: What, threads: int, turns: int) -> dict:
     """The first steps; of each the best of three sequences."""
     tensors = next(iter(runs.values())).tensors
-    grads = [g.to(tensors.out.device) for g in gradients.alike(tensors.n, tensors.out.dtype, GRADIENTS)]
+    grads = gradients.alike(tensors.n, tensors.out.dtype, GRADIENTS, tensors.out.device)
     best: dict[Any, dict[int, float]] = {}
     before = _before(tensors.total)
     for variant, run in list(runs.items()) * 3:
