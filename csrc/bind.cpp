@@ -100,6 +100,11 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
     run(TopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,
                    at<uint8_t>(workspace), workspace_bytes}, where);
   }, Free());
+  m.def("threshold_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, ptr control,
+                                int64_t begin, ptr workspace, int64_t workspace_bytes, int64_t where) {
+    run(ThresholdEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,
+                        at<int32_t>(control), begin, at<uint8_t>(workspace), workspace_bytes}, where);
+  }, Free());
   m.def("topk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, int64_t place_stride, ptr values, ptr index, ptr starts,
                                int64_t k, int64_t where) {
     run(TopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, place_stride, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k}, where);
@@ -112,11 +117,6 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
 // The ops that have no CUDA version.
 template <class Run> void bind_cpu_ops(py::module_ m, Run run) {
   using Free = py::call_guard<py::gil_scoped_release>;
-  m.def("threshold_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, ptr control,
-                                int64_t begin, ptr workspace, int64_t workspace_bytes, int64_t where) {
-    run(ThresholdEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,
-                        at<int32_t>(control), begin, at<uint8_t>(workspace), workspace_bytes}, where);
-  }, Free());
   m.def("blocktopk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
     run(BlockTopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<int16_t>(index), count, k}, where);
   }, Free());
@@ -168,6 +168,7 @@ PYBIND11_MODULE(_C, m) {
   auto cuda = m.def_submodule("cuda");
   bind_ops(cuda, [](const auto& op, int64_t stream) { commopt::cuda::run(op, reinterpret_cast<cudaStream_t>(stream)); });
   cuda.def("topk_workspace", &commopt::cuda::topk_workspace);
+  cuda.def("threshold_workspace", &commopt::cuda::threshold_workspace);
   cuda.attr("archs") = COMMOPT_CUDA;
   cuda.attr("runtime") = CUDART_VERSION;
 #endif

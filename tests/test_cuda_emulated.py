@@ -36,7 +36,7 @@ def compare(kernels, op: str, n: int, kind: str, dtype: torch.dtype, **options) 
 
 
 @pytest.mark.parametrize("n", op_cases.SIZES)
-@pytest.mark.parametrize("op", ["dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk"])
+@pytest.mark.parametrize("op", ["dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold"])
 def test_bits_of_the_reference(kernels, op, n):
     for i, kind in enumerate(op_cases.VALUES):
         for j, options in enumerate(op_cases.variants(op, n)):
@@ -96,32 +96,52 @@ def test_topk_does_not_depend_on_earlier_calls(kernels, share, residual):
             results.append({"values": values, "index": index, "starts": starts} | ({"residual": r.clone()} if residual else {}))
         wrong = op_cases.difference(*results)
         assert not wrong, f"step {step}, loss_scale {scale}: {wrong}"
-        recoveries += workspace[24:32].view(torch.int64).item() < k  # Control::reached in topk.cu
+        recoveries += reached(workspace) < k
         if residual and not kept[0].isfinite().all():
             for r in kept:
                 r.zero_()
     assert recoveries >= 1 and carried >= 10, "the sequence no longer reaches every path"
 
 
-def test_topk_recovers_with_a_crowded_tile(kernels):
-    """A carried threshold that proves too high in a call where one tile has too many candidates for its slots."""
-    n, k = 60_000, 3000
-    workspace = torch.zeros(kernels.topk_workspace(n, k), dtype=torch.uint8)
-    crowd = torch.full((n,), 1e-3) * op_cases.values_of("normal", n, 1)
-    crowd[9000:11_800] = op_cases.values_of("normal", 2800, 2).abs() + 2.0
-    kept = [torch.zeros(n), torch.zeros(n)]
-    for step, x in enumerate((op_cases.values_of("normal", n, 3), crowd, crowd)):
-        if step == 1:
-            for r in kept:
-                r *= 1e-3
+def reached(workspace: torch.Tensor) -> int:
+    """How many elements reached the threshold in the last call: Control::then in topk.cu."""
+    return workspace[56:64].view(torch.int64).item()
+
+
+def refused(workspace: torch.Tensor) -> int:
+    """Whether the list had no room for a tile, and how little: Pool::refused in candidates.h."""
+    return workspace[48:56].view(torch.int64).item()
+
+
+def in_turn(kernels, n: int, k: int, steps: list[tuple[torch.Tensor, float]]) -> list[tuple[int, int]]:
+    """Encodes the gradients one after the other, each with its loss scale, and compares. What `reached` and `refused` say after each."""
+    workspace, kept, said = torch.zeros(kernels.topk_workspace(n, k), dtype=torch.uint8), [torch.zeros(n), torch.zeros(n)], []
+    for step, (x, scale) in enumerate(steps):
         results = []
         for backend, r in zip((kernels, reference), kept):
-            fields = {"values": torch.zeros(k), "index": torch.zeros(k, dtype=torch.int16), "starts": torch.zeros(1, dtype=torch.int64)}
-            backend.topk_encode(x, r, torch.ones(1), *fields.values(), workspace)
+            fields = {"values": torch.zeros(k), "index": torch.zeros(k, dtype=torch.int16), "starts": torch.zeros(-(-n // 65536), dtype=torch.int64)}
+            backend.topk_encode(x, r, torch.full((1,), scale), *fields.values(), workspace)
             results.append(fields | {"residual": r.clone()})
-        assert not op_cases.difference(*results), f"step {step}"
-        reached = workspace[24:32].view(torch.int64).item()
-        assert step != 1 or 2500 < reached < k
+        assert not (wrong := op_cases.difference(*results)), f"step {step}: {wrong}"
+        said.append((reached(workspace), refused(workspace)))
+    return said
+
+
+def test_topk_where_the_list_has_no_room(kernels):
+    """More candidates than six times k: some tiles are read again. After that the threshold fits."""
+    n, k = 60_000, 300
+    x = op_cases.values_of("normal", n, 3)
+    said = in_turn(kernels, n, k, [(x, 1.0), (50 * x, 1.0), *[(0.1 * x, 1.0)] * 6])
+    assert said[1][0] > 6 * k and said[1][1] and k <= said[-1][0] < 6 * k and not said[-1][1], said
+
+
+def test_topk_recovers_where_the_list_has_no_room(kernels):
+    """A carried threshold proves too high in a call that loses the residual of many elements, all of them candidates."""
+    n, k = 60_000, 30
+    few, x = torch.zeros(n), op_cases.values_of("normal", n, 3)
+    few[::2000] = 1e-36
+    said = in_turn(kernels, n, k, [(few, 1.0), (1e-35 * x, 2.0**20), (1e-35 * x, 2.0**20), (x, 1.0)])
+    assert said[1][0] < k and said[1][1], said
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70])

@@ -1,5 +1,6 @@
 // What one instruction set provides: each op on a range of elements that begins at a multiple of its block.
 #pragma once
+#include "../codec/threshold.h"
 #include "../ops.h"
 
 namespace commopt::cpu {
@@ -43,8 +44,6 @@ struct TopkEmit {
 };
 
 // One thread's share of a threshold scan.
-constexpr uint32_t kThresholdBins = 16;
-constexpr int kThresholdWidth = 19;
 constexpr int64_t kStretch = 4096;  // elements between two looks at the room of a list
 struct ThresholdPart {
   int64_t begin, end;  // elements

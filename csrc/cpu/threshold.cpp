@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "../codec/bits.h"
+#include "../codec/threshold.h"
 #include "pool.h"
 #include "selection.h"
 
@@ -26,34 +26,13 @@ uint32_t first_threshold(const ThresholdEncode& op) {
   if (op.k == 0) return kNonFinite;
   std::vector<uint32_t> keys((size_t)m);
   for (int64_t j = 0; j < m; ++j) {
-    const int64_t i = j * n / m + ((((uint64_t)j * 2654435761u & 0xffffffff) * (uint64_t)(n / m)) >> 32);
+    const int64_t i = sampled(j, n, m);
     const float x = load_x(op.in, i), acc = op.in.residual ? accumulate(x, op.in.residual[i], *op.in.loss_scale) : x;
     keys[j] = magnitude(canonical(acc));
   }
   const int64_t rank = std::max<int64_t>(1, (op.k * m + n / 2) / n);
   std::nth_element(keys.begin(), keys.begin() + (rank - 1), keys.end(), std::greater<uint32_t>());
   return std::min(std::max(1u, keys[rank - 1]), kNonFinite);
-}
-
-void carry(int32_t* control, int64_t threshold, const int64_t* counts, int64_t k) {
-  constexpr int last_bin = kThresholdBins - 1;
-  int64_t reach[kThresholdBins], c = 0;
-  for (int j = last_bin; j >= 0; --j) reach[j] = c += counts[j];
-  int64_t fitting = 0, next = 0;
-  if (k > 0 && 4 * c >= k && reach[last_bin] < k) {
-    int j = last_bin;
-    while (c >= k ? reach[j] < k : 2 * reach[j] < c) --j;
-    const int64_t below = (int64_t)j << kThresholdWidth;
-    if (c >= k) {
-      fitting = threshold + below + ((reach[j] - k) << kThresholdWidth) / counts[j];
-    } else {
-      const int64_t half = below + ((2 * reach[j] - c) << kThresholdWidth) / (2 * counts[j]);
-      fitting = std::max<int64_t>(1, threshold - half * (k - c) / c);
-    }
-    next = fitting + (control[1] ? (fitting - control[1]) >> 1 : 0);
-    next = std::min<int64_t>(std::max<int64_t>(1, next), kNonFinite);
-  }
-  control[0] = (int32_t)next, control[1] = (int32_t)fitting;
 }
 
 }  // namespace
@@ -114,7 +93,7 @@ void threshold_encode(const Table& table, const ThresholdEncode& op, int threads
     op.values[0] = float_of(kNaN);
   }
   if (bad) op.control[0] = op.control[1] = 0;
-  else carry(op.control, threshold, counts, k);
+  else carry_threshold(op.control, threshold, counts, k);
 }
 
 }  // namespace commopt::cpu

@@ -20,7 +20,7 @@ template <class X, bool kResidual, bool kOften> void threshold_loop(const Thresh
     for (int64_t i = part.held; i < held; ++i) {
       part.acc[i] = canonical(part.acc[i]);
       const uint32_t key = magnitude(part.acc[i]), bin = (key - scan.threshold) >> kThresholdWidth;
-      ++part.bins[bin < kThresholdBins ? bin : kThresholdBins - 1];
+      ++part.bins[bin < (uint32_t)kThresholdBins ? bin : kThresholdBins - 1];
       part.bad |= key >= kNonFinite;
     }
     for (int64_t i = part.room; i < held; ++i)

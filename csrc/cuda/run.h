@@ -28,9 +28,11 @@ void run(const HadamardEncode&, cudaStream_t);
 void run(const HadamardKeep&, cudaStream_t);
 void run(const HadamardDecode&, cudaStream_t);
 void run(const TopkEncode&, cudaStream_t);
+void run(const ThresholdEncode&, cudaStream_t);
 void run(const TopkDecodeSum&, cudaStream_t);
 void run(const SparseAdd&, cudaStream_t);
 
-int64_t topk_workspace(int64_t n, int64_t k);  // bytes
+int64_t topk_workspace(int64_t n, int64_t k);       // bytes
+int64_t threshold_workspace(int64_t n, int64_t k);  // bytes
 
 }  // namespace commopt::cuda

@@ -13,4 +13,5 @@
 PYBIND11_MODULE(_emulated, m) {
   bind_ops(m, [](const auto& op, int64_t stream) { commopt::cuda::run(op, reinterpret_cast<cudaStream_t>(stream)); });
   m.def("topk_workspace", &commopt::cuda::topk_workspace);
+  m.def("threshold_workspace", &commopt::cuda::threshold_workspace);
 }

@@ -126,6 +126,10 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
       cuda::run(TopkEncode{g.input(), values.row(1), index.row(1), starts.row(1), k, workspace.data(), (int64_t)workspace.held.size()}, nullptr);
     }
     cuda::run(TopkDecodeSum{g.output(stride), stride, values.row(), index.row(), starts.row(), k}, nullptr);
+    Exact<uint8_t> scratch(cuda::threshold_workspace(n, k));
+    Exact<int32_t> control(2);
+    for (int call = 0; call < 3; ++call)
+      cuda::run(ThresholdEncode{g.input(), values.row(1), index.row(1), starts.row(1), k, control.data(), n / 3, scratch.data(), (int64_t)scratch.held.size()}, nullptr);
   }
 }
 
