@@ -67,10 +67,10 @@ template <class In, class Codec, class S> __global__ void __launch_bounds__(kThr
   encode_group(in, codec, group, count, acc, scale, divide(1.0f, loss_scale));
 }
 
-// Any other block length: a warp owns a block and reads it twice, the second time from the cache. With three blocks to a
+// Any other block length: a warp owns a block and reads it twice, the second time from the cache. With two blocks to a
 // multiprocessor there are registers for both; left to itself the compiler spills a few to have more of them.
 template <class In, class Codec, class S>
-__global__ void __launch_bounds__(kThreads, 3) encode_long_blocks(In in, Codec codec, S* scales, int per_block, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads, 2) encode_long_blocks(In in, Codec codec, S* scales, int per_block, int64_t blocks) {
   int64_t block = (int64_t)blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   if (block >= blocks) return;
   int64_t begin = block * per_block;

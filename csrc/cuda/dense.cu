@@ -26,15 +26,21 @@ template <class T, class V> __global__ void __launch_bounds__(kThreads) encode(G
 }
 
 template <class V> struct Rows {
-  const V* values;
+  const V* sent;
   int64_t stride;
   bool aligned;
 
-  __device__ __forceinline__ void load(int64_t row, int64_t group, int count, float (&to)[kGroup]) const {
+  struct Held {
     V v[kGroup];
-    load8(reinterpret_cast<const V*>(reinterpret_cast<const char*>(values) + row * stride) + group * kGroup, aligned, count, v);
+  };
+  __device__ __forceinline__ Held fetch(int64_t row, int64_t group, int count) const {
+    Held held;
+    load8(reinterpret_cast<const V*>(reinterpret_cast<const char*>(sent) + row * stride) + group * kGroup, aligned, count, held.v);
+    return held;
+  }
+  __device__ __forceinline__ void values(const Held& held, float (&to)[kGroup]) const {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) to[i] = widen(v[i]);
+    for (int i = 0; i < kGroup; ++i) to[i] = widen(held.v[i]);
   }
 };
 

@@ -70,25 +70,32 @@ template <class E, class Scaling> struct Rows {
   PerBlock block;
   bool aligned;
 
-  __device__ __forceinline__ void load(int64_t row, int64_t group, int count, float (&to)[kGroup]) const {
+  struct Held {
+    uint32_t word[E::kBits / 4];
+    float scale;
+  };
+  __device__ __forceinline__ Held fetch(int64_t row, int64_t group, int count) const {
     const uint8_t* from = reinterpret_cast<const uint8_t*>(codes + row * stride) + group * E::kBits;
-    uint32_t word[2] = {};
+    Held held = {};
     if (aligned && count == kGroup) {
       if (E::kBits == 8) {
         uint2 both = *reinterpret_cast<const uint2*>(from);
-        word[0] = both.x, word[1] = both.y;
+        held.word[0] = both.x, held.word[E::kBits / 4 - 1] = both.y;
       } else {
-        word[0] = *reinterpret_cast<const uint32_t*>(from);
+        held.word[0] = *reinterpret_cast<const uint32_t*>(from);
       }
     } else {
 #pragma unroll
       for (int j = 0; j < E::kBits; ++j)
-        if (j < bytes_of<E>(count)) word[j / 4] |= (uint32_t)from[j] << (8 * (j % 4));
+        if (j < bytes_of<E>(count)) held.word[j / 4] |= (uint32_t)from[j] << (8 * (j % 4));
     }
     using Stored = typename Scaling::Stored;
-    float scale = Scaling::decode(reinterpret_cast<const Stored*>(scales + row * stride)[block.of(group)], reinterpret_cast<const float*>(whole + row * stride));
+    held.scale = Scaling::decode(reinterpret_cast<const Stored*>(scales + row * stride)[block.of(group)], reinterpret_cast<const float*>(whole + row * stride));
+    return held;
+  }
+  __device__ __forceinline__ void values(const Held& held, float (&to)[kGroup]) const {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) to[i] = mul(from_small<E>(word[i * E::kBits / 32] >> (i * E::kBits % 32)), scale);
+    for (int i = 0; i < kGroup; ++i) to[i] = mul(from_small<E>(held.word[i * E::kBits / 32] >> (i * E::kBits % 32)), held.scale);
   }
 };
 

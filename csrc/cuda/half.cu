@@ -26,17 +26,24 @@ struct Half {
 };
 
 struct Rows {
-  const char *values, *scales;
+  const char *sent, *scales;
   int64_t stride;
   PerBlock block;
   bool aligned;
 
-  __device__ __forceinline__ void load(int64_t row, int64_t group, int count, float (&to)[kGroup]) const {
+  struct Held {
     fp16 v[kGroup];
-    load8(reinterpret_cast<const fp16*>(values + row * stride) + group * kGroup, aligned, count, v);
-    float scale = reinterpret_cast<const float*>(scales + row * stride)[block.of(group)];
+    float scale;
+  };
+  __device__ __forceinline__ Held fetch(int64_t row, int64_t group, int count) const {
+    Held held;
+    load8(reinterpret_cast<const fp16*>(sent + row * stride) + group * kGroup, aligned, count, held.v);
+    held.scale = reinterpret_cast<const float*>(scales + row * stride)[block.of(group)];
+    return held;
+  }
+  __device__ __forceinline__ void values(const Held& held, float (&to)[kGroup]) const {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) to[i] = mul(widen(v[i]), scale);
+    for (int i = 0; i < kGroup; ++i) to[i] = mul(widen(held.v[i]), held.scale);
   }
 };
 

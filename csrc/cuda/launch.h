@@ -128,15 +128,24 @@ template <class T> struct Gradient {
   }
 };
 
-// total <- row 0 + row 1 + ... of one group.
+// total <- row 0 + row 1 + ... of one group. message.fetch(row, ...) reads what message.values(...) decodes: of several rows
+// before the first is needed.
 template <class Rows> __device__ __forceinline__ void sum_rows(const Rows& message, int64_t rows, int64_t group, int count, float (&total)[kGroup]) {
-  message.load(0, group, count, total);
-#pragma unroll 4
-  for (int64_t row = 1; row < rows; ++row) {
-    float v[kGroup];
-    message.load(row, group, count, v);
+  using Held = typename Rows::Held;
+  constexpr int kAhead = sizeof(Held) <= 12 ? 8 : 4;
+  for (int64_t first = 0; first < rows; first += kAhead) {
+    Held held[kAhead];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) total[i] = add(total[i], v[i]);
+    for (int a = 0; a < kAhead; ++a)
+      if (first + a < rows) held[a] = message.fetch(first + a, group, count);
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      if (first + a >= rows) break;
+      float v[kGroup];
+      message.values(held[a], v);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) total[i] = first + a ? add(total[i], v[i]) : v[i];
+    }
   }
 }
 

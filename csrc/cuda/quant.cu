@@ -59,24 +59,31 @@ template <int BITS> struct Rows {
   PerBlock block;
   bool aligned;
 
-  __device__ __forceinline__ void load(int64_t row, int64_t group, int count, float (&to)[kGroup]) const {
+  struct Held {
+    uint32_t word[BITS == 8 ? 2 : 1];
+    float scale;
+  };
+  __device__ __forceinline__ Held fetch(int64_t row, int64_t group, int count) const {
     const uint8_t* from = reinterpret_cast<const uint8_t*>(codes + row * stride) + group * BITS;
-    uint32_t word[2] = {};
+    Held held = {};
     if (aligned && count == kGroup) {
       typename Word<BITS>::type whole = *reinterpret_cast<const typename Word<BITS>::type*>(from);
-      if constexpr (BITS == 8) word[0] = whole.x, word[1] = whole.y;
-      else word[0] = whole;
+      if constexpr (BITS == 8) held.word[0] = whole.x, held.word[1] = whole.y;
+      else held.word[0] = whole;
     } else {
 #pragma unroll
       for (int j = 0; j < BITS; ++j)
-        if (j < bytes_of<BITS>(count)) word[j / 4] |= (uint32_t)from[j] << (8 * (j % 4));
+        if (j < bytes_of<BITS>(count)) held.word[j / 4] |= (uint32_t)from[j] << (8 * (j % 4));
     }
-    float scale = reinterpret_cast<const float*>(scales + row * stride)[block.of(group)];
+    held.scale = reinterpret_cast<const float*>(scales + row * stride)[block.of(group)];
+    return held;
+  }
+  __device__ __forceinline__ void values(const Held& held, float (&to)[kGroup]) const {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      uint32_t code = word[i * BITS / 32] >> (i * BITS % 32) & ((1u << BITS) - 1u);
+      uint32_t code = held.word[i * BITS / 32] >> (i * BITS % 32) & ((1u << BITS) - 1u);
       int q = BITS == 8 ? (int)(int8_t)code : (int)code - zero_of(BITS);
-      to[i] = dequantize((float)q, scale);
+      to[i] = dequantize((float)q, held.scale);
     }
   }
 };

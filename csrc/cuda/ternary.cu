@@ -65,21 +65,28 @@ struct Rows {
   int shift;  // of the bytes of a block, in eights
   bool aligned;
 
-  __device__ __forceinline__ void load(int64_t row, int64_t group, int, float (&to)[kGroup]) const {
+  struct Held {
+    uint32_t word[2];
+    float scale;
+    int digit;
+  };
+  __device__ __forceinline__ Held fetch(int64_t row, int64_t group, int) const {
     int64_t block = (group >> shift) / kDigits;
     int within = (int)(group - (block * kDigits << shift)), digit = within >> shift, lane = within & ((1 << shift) - 1);
     const uint8_t* from = reinterpret_cast<const uint8_t*>(codes + row * stride) + ((block << shift) + lane) * kGroup;
-    uint32_t word[2] = {};
+    Held held = {{}, reinterpret_cast<const float*>(scales + row * stride)[block], digit};
     if (aligned) {
       uint2 both = *reinterpret_cast<const uint2*>(from);
-      word[0] = both.x, word[1] = both.y;
+      held.word[0] = both.x, held.word[1] = both.y;
     } else {
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) word[j / 4] |= (uint32_t)from[j] << (8 * (j % 4));
+      for (int j = 0; j < kGroup; ++j) held.word[j / 4] |= (uint32_t)from[j] << (8 * (j % 4));
     }
-    float scale = reinterpret_cast<const float*>(scales + row * stride)[block];
+    return held;
+  }
+  __device__ __forceinline__ void values(const Held& held, float (&to)[kGroup]) const {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) to[i] = dequantize((float)((int)digit_of(word[i / 4] >> (8 * (i % 4)) & 0xffu, digit) - 1), scale);
+    for (int i = 0; i < kGroup; ++i) to[i] = dequantize((float)((int)digit_of(held.word[i / 4] >> (8 * (i % 4)) & 0xffu, held.digit) - 1), held.scale);
   }
 };
 
