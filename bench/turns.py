@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+_HEAD_START = 2_000_000  # cycles, a millisecond
 _SLOW = 20  # times the first candidate: what takes longer than that runs in every fifth turn only
 
 
@@ -35,6 +36,7 @@ def _seconds(device: str, threads: int) -> Callable[[Callable[[], object]], floa
 
     def on_gpu(body: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START)  # until the host has said all that there is to do
         start.record()
         body()
         end.record()

@@ -150,10 +150,10 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
     if op == "topk" and residual:
         r = results["residual"][0].clone()
         kernels.sparse_add(r, scale, *(f[0] for f in fields.values()))
-        results["returned"] = r
+        results["out returned"] = r
     if op == "blocktopk" and residual:
-        results["returned"] = results["residual"][0].clone()
-        kernels.blocktopk_add(results["returned"], scale, *(f[0] for f in fields.values()), k)
+        results["out returned"] = results["residual"][0].clone()
+        kernels.blocktopk_add(results["out returned"], scale, *(f[0] for f in fields.values()), k)
     return results
 
 
@@ -263,7 +263,7 @@ def variants(op: str, n: int) -> Iterator[dict]:
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str:
-    """'' where all results have the same bits, else the first that differ. Any NaN in `out` equals any other: machines
+    """'' where all results have the same bits, else the first that differ. Any NaN in what is added up, `out` by its name, equals any other: machines
     differ in the NaN they compute; in a message there is only one."""
     for name in a:
         x, y = a[name].cpu().contiguous(), b[name].cpu().contiguous()

@@ -4,6 +4,7 @@ The processes are forked from a server that has imported torch once, so that a g
 has a time limit; when it is over, or a rank fails, the others are ended and the ranks that failed tell where.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import gc
@@ -14,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -133,9 +135,12 @@ def start(rank: int, world: int, port: int, timeout: float = 30) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody uses, below those that the system hands out: of these, one could be taken before it is listened at."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 # --- how processes end ---

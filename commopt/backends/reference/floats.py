@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .values import NAN, NON_FINITE, accumulate, blocks, keep, magnitude, philox, spread, sum_rows
+from .values import NAN, NON_FINITE, accumulate, blocks, keep, magnitude, over, philox, spread, sum_rows
 
 
 class Element(NamedTuple):
@@ -72,7 +72,7 @@ def _to_scale(scales: Tensor, whole: Tensor | None, scaling: str) -> Tensor:
 def absmax(x: Tensor, residual: Tensor | None, loss_scale: Tensor, out: Tensor, divisor: float) -> None:
     """out: float32 [1] <- the largest |acc| / divisor, NaN above infinity above every finite value; 0 where n is 0."""
     size = magnitude(accumulate(x, residual, loss_scale))
-    out.copy_(size.amax().view(torch.float32) / divisor if size.numel() else torch.zeros(1))
+    out.copy_(over(size.amax().view(torch.float32), divisor) if size.numel() else torch.zeros(1))
 
 
 def float_encode(
@@ -93,12 +93,12 @@ def float_encode(
     largest = magnitude(blocks(acc, block)).amax(1)
     finite = largest < NON_FINITE
     if scaling == "float32":
-        stored = torch.where(finite, largest.view(torch.float32) / e.most, NAN)
+        stored = torch.where(finite, over(largest.view(torch.float32), e.most), NAN)
     elif scaling == "e8m0":
         stored = torch.where(finite, ((largest >> 23) - e.top).clamp(0, 254), 0xFF).to(torch.uint8)
     else:
         finite = finite & torch.isfinite(whole)
-        ratio = torch.where(finite & (whole > 0), largest.view(torch.float32) / e.most / whole, 0.0)
+        ratio = torch.where(finite & (whole > 0), over(largest.view(torch.float32), e.most) / whole, 0.0)
         stored = torch.where(finite, _to_code(ratio, "e4m3")[0], 0x7F)
     scales.copy_(stored)
     scale = torch.where(finite, _to_scale(stored, whole, scaling), 0.0)

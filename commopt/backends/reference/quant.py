@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .values import NAN, NON_FINITE, accumulate, blocks, keep, magnitude, philox, spread, sum_rows
+from .values import NAN, NON_FINITE, accumulate, blocks, keep, magnitude, over, philox, spread, sum_rows
 
 LEVELS = {8: 127, 4: 7, 2: 1}
 ZERO = {4: 8, 2: 1}  # the code of q = 0
@@ -45,7 +45,7 @@ def scale_of(absmax: Tensor, levels: int, stochastic: bool) -> Tensor:
     is an infinity or a NaN. steps is levels, but 2 for one level to nearest: larger values then saturate, smaller ones are no
     longer lost."""
     steps = 2.0 if levels == 1 and not stochastic else float(levels)
-    return torch.where((absmax >= 0) & (absmax < NON_FINITE), absmax.view(torch.float32) / steps, NAN)
+    return torch.where((absmax >= 0) & (absmax < NON_FINITE), over(absmax.view(torch.float32), steps), NAN)
 
 
 def quantized(

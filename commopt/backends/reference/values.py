@@ -24,6 +24,11 @@ def keep(residual: Tensor | None, error: Tensor, usable: Tensor, loss_scale: Ten
         residual.copy_(torch.where(usable, error * (1.0 / loss_scale), residual))
 
 
+def over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, each rounded by itself. On a GPU torch multiplies by the reciprocal of a number, which is not the same."""
+    return x / torch.tensor(divisor, dtype=torch.float32, device=x.device)
+
+
 def sum_rows(out: Tensor, weight: float, decoded) -> None:
     """out <- weight * the sum of an iterable of float32 rows, in its order."""
     rows = iter(decoded)
