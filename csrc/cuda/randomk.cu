@@ -16,17 +16,17 @@ namespace commopt::cuda {
 namespace {
 
 constexpr int kSpan = 2 * kGroup * kThreads;
+constexpr uint32_t kWhole = (1u << kGroup) - 1;  // a group, a bit for each element
 
-// Calls f(stratum, the element that it draws) for strata `first` to `end` - 1, in turns with the other threads.
+// Calls f(stratum, the element that it draws) for strata `first` to `end` - 1, in turns with the other threads. Four
+// neighbours have their numbers in common, and each of them computes all four: there are few threads with a stratum.
 template <class F>
 __device__ __forceinline__ void each_drawn(const Strata& strata, int64_t first, int64_t end, int64_t thread, int64_t threads, F f) {
-  for (int64_t four = first / 4 + thread; four * 4 < end; four += threads) {
-    Philox4 numbers = strata.numbers(four);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int64_t s = four * 4 + i, begin = strata.begin(s);
-      if (s >= first && s < end) f(s, begin + drawn_by(numbers.word[i], strata.begin(s + 1) - begin));
-    }
+  for (int64_t s = first + thread; s < end; s += threads) {
+    Philox4 four = strata.numbers(s / 4);
+    uint32_t low = s & 1 ? four.word[1] : four.word[0], high = s & 1 ? four.word[3] : four.word[2];
+    int64_t begin = strata.begin(s);
+    f(s, begin + drawn_by(s & 2 ? high : low, strata.begin(s + 1) - begin));
   }
 }
 
@@ -53,61 +53,84 @@ struct Run {
     bool early = at < before;
     return (early ? 0 : longer) + (int)((unsigned)(early ? at : at - before) / (unsigned)(size + early));
   }
-  __device__ __forceinline__ bool holds(int element) const { return element >= begin && element < end; }
+  // A bit for each element of a group that is the block's, where the group begins before `end`.
+  __device__ __forceinline__ uint32_t own(int from) const { return kWhole << max(begin - from, 0) & kWhole >> max(from + kGroup - end, 0); }
 
-  // Calls f(i, stratum) for the elements from + i of a group that are the block's.
+  // Calls f(i, stratum) for the elements from + i of a group.
   template <class F> __device__ __forceinline__ void each(int from, F f) const {
     int s = of(from), next = begin_of(s + 1);
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kGroup; ++i) {
       if (from + i >= next) next += length(++s);
-      if (holds(from + i)) f(i, s);
+      f(i, s);
     }
   }
 };
 
+__device__ __forceinline__ bool bit_of(const uint32_t* bits, int i) { return bits[i / 32] >> (i % 32) & 1; }
+__device__ __forceinline__ void set_bit(uint32_t* bits, int i) { atomicOr(&bits[i / 32], 1u << (i % 32)); }
+
+// Where anything is infinite or NaN, the elements are looked at once more, with their strata.
 template <class T> __global__ void __launch_bounds__(kThreads)
 encode_runs(Gradient<T> in, Strata strata, float* values, int64_t k, bool scaled, int most) {
-  __shared__ uint16_t drawn[kSpan];
-  __shared__ uint32_t spoiled[kSpan / 32];  // a bit for each stratum
+  __shared__ uint32_t drawn[kSpan / 32], spoiled[kSpan / 32];  // a bit for each element, and for each stratum
   Run run(strata, k, most);
-  each_drawn(strata, run.first, run.first + run.count, threadIdx.x, kThreads,
-             [&](int64_t s, int64_t element) { drawn[s - run.first] = (uint16_t)(element - run.frame); });
-  float scale = *in.loss_scale, inverse = divide(1.0f, scale), acc[2][kGroup], old[kGroup];
-  bool found = false;
+  if (threadIdx.x < kSpan / 32) drawn[threadIdx.x] = spoiled[threadIdx.x] = 0;
+  T x[2][kGroup];
+  float old[2][kGroup], acc[2][kGroup];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {  // all loads before the first is waited for
+    int from = (j * kThreads + threadIdx.x) * kGroup, count = from < run.end ? present(in.n, run.frame + from) : 0;
+    load8(in.x + run.frame + from, in.x_aligned, count, x[j]);
+    if (in.residual) load8(in.residual + run.frame + from, in.residual_aligned, count, old[j]);
+  }
+  float scale = *in.loss_scale, inverse = divide(1.0f, scale);
+  uint32_t bad[2];  // a bit for each element
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    int from = (j * kThreads + threadIdx.x) * kGroup, count = from < run.end ? present(in.n, run.frame + from) : 0;
-    in.load(count ? run.frame + from : 0, count, scale, acc[j], old);
+    int from = (j * kThreads + threadIdx.x) * kGroup;
+    bad[j] = 0;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) found |= magnitude(acc[j][i]) >= kNonFinite && run.holds(from + i);
+    for (int i = 0; i < kGroup; ++i) {
+      float v = widen(x[j][i]);
+      acc[j][i] = canonical(in.residual ? accumulate(v, old[j][i], scale) : v);
+      bad[j] |= (uint32_t)(magnitude(acc[j][i]) >= kNonFinite) << i;
+    }
+    bad[j] &= from < run.end ? run.own(from) : 0;
   }
-  bool any = __syncthreads_or(found);
+  __syncthreads();
+  each_drawn(strata, run.first, run.first + run.count, threadIdx.x, kThreads, [&](int64_t s, int64_t element) {
+    set_bit(drawn, (int)(element - run.frame));
+    float value = in.at(element, scale);  // which is in the cache now
+    values[s] = scaled ? mul(value, (float)run.length((int)(s - run.first))) : value;
+  });
+  bool any = __syncthreads_or(bad[0] | bad[1]);
   if (any) {
-    for (int i = threadIdx.x; i < kSpan / 32; i += kThreads) spoiled[i] = 0;
-    __syncthreads();
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      run.each((j * kThreads + threadIdx.x) * kGroup, [&](int i, int s) {
-        if (magnitude(acc[j][i]) >= kNonFinite) atomicOr(&spoiled[s / 32], 1u << (s % 32));
-      });
+      if (bad[j])
+        run.each((j * kThreads + threadIdx.x) * kGroup, [&](int i, int s) {
+          if (bad[j] >> i & 1) set_bit(spoiled, s);
+        });
     __syncthreads();
+    for (int s = threadIdx.x; s < run.count; s += kThreads)
+      if (bit_of(spoiled, s)) values[run.first + s] = float_of(kNaN);
   }
+  if (!in.residual) return;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     int from = (j * kThreads + threadIdx.x) * kGroup;
     if (from >= run.end) break;
-    float kept[kGroup] = {};
-    uint32_t usable = 0;
-    run.each(from, [&](int i, int s) {
-      bool good = !any || !(spoiled[s / 32] >> (s % 32) & 1), is = drawn[s] == from + i;
-      if (is) values[run.first + s] = !good ? float_of(kNaN) : scaled ? mul(acc[j][i], (float)run.length(s)) : acc[j][i];
-      kept[i] = mul(is ? 0.0f : acc[j][i], inverse);
-      usable |= (uint32_t)good << i;
-    });
-    if (!in.residual) continue;
+    uint32_t taken = drawn[from / 32] >> (from % 32), usable = run.own(from);
+    if (any)
+      run.each(from, [&](int i, int s) {
+        if ((usable >> i & 1) && bit_of(spoiled, s)) usable &= ~(1u << i);
+      });
+    float kept[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) kept[i] = mul(taken >> i & 1 ? 0.0f : acc[j][i], inverse);
     float* to = in.residual + run.frame + from;
-    if (usable == (1u << kGroup) - 1) {
+    if (usable == kWhole) {
       store8(to, in.residual_aligned, kGroup, kept);
     } else {
 #pragma unroll
@@ -163,12 +186,12 @@ __global__ void __launch_bounds__(kThreads) forget_drawn(float* residual, const 
 }
 
 template <class T> void encode_long(const Gradient<T>& in, const Strata& strata, const RandomkEncode& op, cudaStream_t stream) {
-  int64_t by_four = ceil_div(op.k, 4 * kThreads);
-  LAUNCH(draw_values<T>, by_four, kThreads, stream, in, strata, op.values, op.k, op.scaled);
+  int64_t blocks = ceil_div(op.k, kThreads);
+  LAUNCH(draw_values<T>, blocks, kThreads, stream, in, strata, op.values, op.k, op.scaled);
   LAUNCH(spoil<T>, group_blocks(in.n), kThreads, stream, in, strata, op.values);
   if (!in.residual) return;
   LAUNCH(keep_rest<T>, group_blocks(in.n), kThreads, stream, in, strata, op.values);
-  LAUNCH(forget_drawn, by_four, kThreads, stream, in.residual, in.loss_scale, strata, op.values, op.k);
+  LAUNCH(forget_drawn, blocks, kThreads, stream, in.residual, in.loss_scale, strata, op.values, op.k);
 }
 
 // --- decode ---
