@@ -145,7 +145,7 @@ def run(kernels, op: str, n: int, kind: str, dtype: torch.dtype, *, residual=Tru
         voted = {name: torch.zeros_like(field[0]) for name, field in fields.items()}
         kernels.sign_vote(n, *fields.values(), *voted.values(), *extra)
         results |= {f"{name} of the vote": field for name, field in voted.items()}
-    if op == "topk" and hasattr(kernels, "eliasfano_pack"):  # csrc/cuda has none
+    if op == "topk":
         results |= _coded(kernels, n, fields["index"][0], fields["starts"][0])
     if op == "topk" and residual:
         r = results["residual"][0].clone()
@@ -167,13 +167,16 @@ def _resummed(kernels, n: int, rows: dict[str, torch.Tensor], residual, scale: t
 
 
 def _coded(kernels, n: int, index: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A list's upper bits in unary, and the list read from them and from the low bits."""
-    k, bits = index.numel(), (1, 6, 13, 16)[n % 4]
-    high = torch.full((-(-(k + (n >> bits)) // 8),), 0x5A, dtype=torch.uint8, device=index.device)
+    """A list's low bits, its upper bits in unary, and the list read from both."""
+    k, bits = index.numel(), (1, 16, 13, 6)[n % 4]
+    low, high = (torch.full((-(-count // 8),), 0x5A, dtype=torch.uint8, device=index.device) for count in (k * bits, k + (n >> bits)))
+    kernels.bits_pack(index, low, bits)
     kernels.eliasfano_pack(index, starts, high, n, bits)
-    again, begin = index & (-1 if bits == 16 else (1 << bits) - 1), torch.full_like(starts, -7)
+    again, begin = torch.full_like(index, -7), torch.full_like(starts, -7)
+    kernels.bits_unpack(low, again, bits)
+    lows = again.clone()
     kernels.eliasfano_unpack(high, again, begin, n, bits)
-    return {"high": high, "index again": again, "starts again": begin}
+    return {"low": low, "low again": lows, "high": high, "index again": again, "starts again": begin}
 
 
 def _run_threshold(kernels, n: int, kind: str, dtype: torch.dtype, residual: bool, scale: torch.Tensor, device, offset: int, k: int):

@@ -12,6 +12,7 @@ import op_cases
 import pytest
 import torch
 from commopt.backends import native, reference
+from commopt.backends.reference import topk as reference_topk
 from emulator import build
 
 
@@ -36,7 +37,7 @@ def compare(kernels, op: str, n: int, kind: str, dtype: torch.dtype, **options) 
 
 
 @pytest.mark.parametrize("n", op_cases.SIZES)
-@pytest.mark.parametrize("op", ["dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold"])
+@pytest.mark.parametrize("op", ["dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold", "randomk"])
 def test_bits_of_the_reference(kernels, op, n):
     for i, kind in enumerate(op_cases.VALUES):
         for j, options in enumerate(op_cases.variants(op, n)):
@@ -172,6 +173,82 @@ def test_hostile_lists(kernels, rows):
             backend.sparse_add(to, torch.full((1,), 3.0), *(f[0] for f in fields))
         assert torch.equal(*residual)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("width", range(1, 17))
+def test_a_stream_of_bits(kernels, width):
+    """Anything above the low bits is left out, wherever the arrays begin."""
+    for count in (0, 1, 7, 8, 2047, 2048, 2049, 5003):
+        for offset in (0, 1, 3):
+            torch.manual_seed(count)
+            index = torch.randint(-32768, 32768, (count + offset,)).to(torch.int16)[offset:]
+            results = []
+            for backend in (kernels, reference):
+                packed = torch.full((-(-count * width // 8) + 5 * offset,), 0x5A, dtype=torch.uint8)[5 * offset:]
+                again = torch.full((count + offset,), -7, dtype=torch.int16)[offset:]
+                backend.bits_pack(index, packed, width)
+                backend.bits_unpack(packed, again, width)
+                results.append({"packed": packed, "again": again})
+            wrong = op_cases.difference(*results)
+            assert not wrong, f"count={count} offset={offset}: {wrong}"
+
+
+def ascending(n: int, k: int, how: str) -> torch.Tensor:
+    """int64 [k]: elements of n in ascending order, spread out, in a few clusters, or with the last element again and again."""
+    if how == "spread":
+        return torch.randperm(n)[:k].sort().values
+    if how == "clusters":
+        return (torch.arange(k) + (n - k) * (torch.arange(k) > k // 3)).clamp(max=n - 1)
+    return torch.randperm(n)[:k].sort().values.where(torch.arange(k) < k // 2, torch.tensor(n - 1))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 6, 11, 16])
+@pytest.mark.parametrize("n, k", [(1, 1), (65_536, 700), (65_537, 65_537), (300_001, 3000), (2_000_003, 9), (5_000_000, 40), (1_000_000, 40_000)])
+def test_an_ascending_list(kernels, n, k, bits):
+    for seed, how in enumerate(("spread", "clusters", "repeats")):
+        torch.manual_seed(seed)
+        elements, offset = ascending(n, k, how), seed
+        index = torch.zeros(k + offset, dtype=torch.int16)[offset:]
+        starts = torch.zeros(-(-n // 65536), dtype=torch.int64)
+        reference_topk.in_tiles(elements, index, starts)
+        results = []
+        for backend in (kernels, reference):
+            high = torch.full((-(-(k + (n >> bits)) // 8) + 3 * offset,), 0x5A, dtype=torch.uint8)[3 * offset:]
+            backend.eliasfano_pack(index, starts, high, n, bits)
+            again, begin = torch.zeros(k + offset, dtype=torch.int16)[offset:], torch.full_like(starts, -7)
+            again.copy_(index ^ (0 if bits == 16 else -1 << bits))  # what is above the low bits does not matter
+            backend.eliasfano_unpack(high, again, begin, n, bits)
+            results.append({"high": high, "index": again, "starts": begin})
+        wrong = op_cases.difference(*results)
+        assert not wrong, f"{how}: {wrong}"
+        assert torch.equal(results[0]["index"], index) and torch.equal(results[0]["starts"], starts)
+
+
+@pytest.mark.parametrize("n, k, bits", [(200_003, 2000, 6), (65_536, 1, 16), (70_001, 30_000, 1), (5, 5, 1), (131_072, 0, 9),
+                                        (1_000_000, 999, 16), (3_000_000, 20_000, 2), (3_000_000, 2000, 16)])
+def test_any_bytes_are_an_ascending_list(kernels, n, k, bits):
+    length = -(-(k + (n >> bits)) // 8)
+    for density in (0, 1, 30, 128, 250, 256):
+        torch.manual_seed(density)
+        stream = torch.rand(length, 8) * 256 < density
+        offset = density % 16 + 1
+        results = []
+        for backend in (kernels, reference):
+            high = torch.full((length + offset,), 0x5A, dtype=torch.uint8)[offset:]
+            high.copy_((stream << torch.arange(8)).sum(1).to(torch.uint8))
+            index, starts = torch.arange(k).to(torch.int16), torch.full((-(-n // 65536),), -7)
+            backend.eliasfano_unpack(high, index, starts, n, bits)
+            results.append({"index": index, "starts": starts})
+        wrong = op_cases.difference(*results)
+        assert not wrong, f"{density} of 256 are ones: {wrong}"
+
+
+@pytest.mark.parametrize("n, k", [(4088, 1), (4089, 1), (8200, 2), (12_263, 3), (9001, 2), (8179, 2), (8178, 2), (5003, 5000), (5003, 41), (30_011, 7)])
+def test_strata_as_long_as_a_block(kernels, n, k):
+    """About the longest strata that a block encodes at once, and others with values that are not finite."""
+    for i, kind in enumerate(("heavy", "nan", "inf")):
+        for residual in (True, False):
+            compare(kernels, "randomk", n, kind, op_cases.DTYPES[(i + n) % 3], k=k, scaled=residual, residual=residual, loss_scale=3.0, offset=i)
 
 
 def test_a_missing_barrier_is_seen(kernels, tmp_path):

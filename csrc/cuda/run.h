@@ -31,6 +31,12 @@ void run(const TopkEncode&, cudaStream_t);
 void run(const ThresholdEncode&, cudaStream_t);
 void run(const TopkDecodeSum&, cudaStream_t);
 void run(const SparseAdd&, cudaStream_t);
+void run(const BitsPack&, cudaStream_t);
+void run(const BitsUnpack&, cudaStream_t);
+void run(const EliasFanoPack&, cudaStream_t);
+void run(const EliasFanoUnpack&, cudaStream_t);
+void run(const RandomkEncode&, cudaStream_t);
+void run(const RandomkDecodeSum&, cudaStream_t);
 
 int64_t topk_workspace(int64_t n, int64_t k);       // bytes
 int64_t threshold_workspace(int64_t n, int64_t k);  // bytes

@@ -130,6 +130,20 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     Exact<int32_t> control(2);
     for (int call = 0; call < 3; ++call)
       cuda::run(ThresholdEncode{g.input(), values.row(1), index.row(1), starts.row(1), k, control.data(), n / 3, scratch.data(), (int64_t)scratch.held.size()}, nullptr);
+    for (int bits : {1, 6, 13, 16}) {
+      Exact<uint8_t> low(ceil_div(k * bits, 8), skip), high(ceil_div(k + (n >> bits), 8), skip);
+      cuda::run(BitsPack{reinterpret_cast<int16_t*>(index.row(1)), low.data(), k, bits}, nullptr);
+      // Of the encoder's list and of one in no order.
+      for (int row : {1, 0}) cuda::run(EliasFanoPack{index.row(row), starts.row(row), high.data(), n, k, bits}, nullptr);
+      Exact<uint16_t> again(k, skip);
+      Exact<int64_t> begin(tiles);
+      for (auto& byte : high.held) byte = (uint8_t)draw();
+      cuda::run(BitsUnpack{low.data(), reinterpret_cast<int16_t*>(again.data()), k, bits}, nullptr);
+      cuda::run(EliasFanoUnpack{high.data(), again.data(), begin.data(), n, k, bits}, nullptr);
+    }
+    if (k == 0) continue;
+    cuda::run(RandomkEncode{g.input(), values.row(1), k, k % 2 == 0, 1, 2, 3}, nullptr);
+    cuda::run(RandomkDecodeSum{g.output(stride), values.row(), k, 1, 2, 3}, nullptr);
   }
 }
 

@@ -36,6 +36,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 
 struct Index {
@@ -213,6 +216,7 @@ template <class T, class V> T atomicOr(T* p, V v) {
 }
 inline void __threadfence() {}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffsll(long long v) { return __builtin_ffsll(v); }
 template <class T> T __ldcg(const T* p) { return *p; }
 using std::max;
 using std::min;
