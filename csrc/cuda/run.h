@@ -30,6 +30,9 @@ void run(const HadamardDecode&, cudaStream_t);
 void run(const TopkEncode&, cudaStream_t);
 void run(const TopkDecodeSum&, cudaStream_t);
 void run(const SparseAdd&, cudaStream_t);
+void run(const BlockTopkEncode&, cudaStream_t);
+void run(const BlockTopkDecodeSum&, cudaStream_t);
+void run(const BlockTopkAdd&, cudaStream_t);
 
 int64_t topk_workspace(int64_t n, int64_t k);  // bytes
 
