@@ -112,6 +112,16 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
   m.def("sparse_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, int64_t where) {
     run(SparseAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k}, where);
   }, Free());
+  m.def("blocktopk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
+    run(BlockTopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<int16_t>(index), count, k}, where);
+  }, Free());
+  m.def("blocktopk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, int64_t place_stride, ptr values, ptr index,
+                                    int64_t count, int k, int64_t where) {
+    run(BlockTopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, place_stride, at<float>(values), at<int16_t>(index), count, k}, where);
+  }, Free());
+  m.def("blocktopk_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
+    run(BlockTopkAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<int16_t>(index), count, k}, where);
+  }, Free());
   m.def("bits_pack", [=](ptr index, ptr packed, int64_t count, int width, int64_t where) {
     run(BitsPack{at<int16_t>(index), at<uint8_t>(packed), count, width}, where);
   }, Free());
@@ -134,41 +144,6 @@ template <class Run> void bind_ops(py::module_ m, Run run) {
   }, Free());
 }
 
-// The ops that have no CUDA version.
-template <class Run> void bind_cpu_ops(py::module_ m, Run run) {
-  using Free = py::call_guard<py::gil_scoped_release>;
-  m.def("threshold_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, ptr starts, int64_t k, ptr control,
-                                int64_t begin, ptr workspace, int64_t workspace_bytes, int64_t where) {
-    run(ThresholdEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<uint16_t>(index), at<int64_t>(starts), k,
-                        at<int32_t>(control), begin, at<uint8_t>(workspace), workspace_bytes}, where);
-  }, Free());
-  m.def("blocktopk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
-    run(BlockTopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<int16_t>(index), count, k}, where);
-  }, Free());
-  m.def("blocktopk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, int64_t place_stride, ptr values, ptr index,
-                                    int64_t count, int k, int64_t where) {
-    run(BlockTopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, place_stride, at<float>(values), at<int16_t>(index), count, k}, where);
-  }, Free());
-  m.def("blocktopk_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
-    run(BlockTopkAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<int16_t>(index), count, k}, where);
-  }, Free());
-}
-
-// The ops that have no CUDA version.
-template <class Run> void bind_cpu_ops(py::module_ m, Run run) {
-  using Free = py::call_guard<py::gil_scoped_release>;
-  m.def("blocktopk_encode", [=](ptr x, int dtype, ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
-    run(BlockTopkEncode{{at<void>(x), dtype, at<float>(residual), at<float>(loss_scale), n}, at<float>(values), at<int16_t>(index), count, k}, where);
-  }, Free());
-  m.def("blocktopk_decode_sum", [=](ptr out, int dtype, float weight, int64_t n, int64_t rows, int64_t stride, int64_t place_stride, ptr values, ptr index,
-                                    int64_t count, int k, int64_t where) {
-    run(BlockTopkDecodeSum{{at<void>(out), dtype, weight, n, rows, stride}, place_stride, at<float>(values), at<int16_t>(index), count, k}, where);
-  }, Free());
-  m.def("blocktopk_add", [=](ptr residual, ptr loss_scale, int64_t n, ptr values, ptr index, int64_t count, int k, int64_t where) {
-    run(BlockTopkAdd{at<float>(residual), at<float>(loss_scale), n, at<float>(values), at<int16_t>(index), count, k}, where);
-  }, Free());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -176,7 +151,6 @@ PYBIND11_MODULE(_C, m) {
 
   auto cpu = m.def_submodule("cpu");
   bind_ops(cpu, [](const auto& op, int64_t threads) { commopt::cpu::run(op, (int)threads); });
-  bind_cpu_ops(cpu, [](const auto& op, int64_t threads) { commopt::cpu::run(op, (int)threads); });
   cpu.def("topk_workspace", &commopt::cpu::topk_workspace);
   cpu.def("threshold_workspace", &commopt::cpu::threshold_workspace);
   cpu.def("axpy", [](ptr r, ptr g, int64_t n, int threads) { commopt::cpu::axpy(at<float>(r), at<float>(g), n, threads); });

@@ -7,7 +7,7 @@ import torch
 
 from commopt.backends import reference
 
-OPS = ("dense", "half", "float", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold", "randomk")
+OPS = ("dense", "half", "float", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold", "blocktopk", "randomk")
 
 if __name__ == "__main__":
     cuda = importlib.import_module("commopt.backends.cuda")

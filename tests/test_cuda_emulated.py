@@ -37,7 +37,7 @@ def compare(kernels, op: str, n: int, kind: str, dtype: torch.dtype, **options) 
 
 
 @pytest.mark.parametrize("n", op_cases.SIZES)
-@pytest.mark.parametrize("op", ["dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold", "randomk"])
+@pytest.mark.parametrize("op", ["dense", "half", "quant", "shared", "ternary", "sign", "hadamard", "topk", "threshold", "blocktopk", "randomk"])
 def test_bits_of_the_reference(kernels, op, n):
     for i, kind in enumerate(op_cases.VALUES):
         for j, options in enumerate(op_cases.variants(op, n)):
@@ -249,6 +249,36 @@ def test_strata_as_long_as_a_block(kernels, n, k):
     for i, kind in enumerate(("heavy", "nan", "inf")):
         for residual in (True, False):
             compare(kernels, "randomk", n, kind, op_cases.DTYPES[(i + n) % 3], k=k, scaled=residual, residual=residual, loss_scale=3.0, offset=i)
+
+
+@pytest.mark.parametrize("k", [0, 2, 20, 32, 33, 1023, 1024])
+def test_any_share_of_a_block(kernels, k):
+    """Few and many candidates, and lists that are longer than a warp is wide."""
+    for turn, kind in enumerate(op_cases.VALUES):
+        n = (1023, 1024, 3500)[turn % 3]
+        compare(kernels, "blocktopk", n, kind, op_cases.DTYPES[turn % 2], k=k, rows=(1, 2, 11)[(turn + k) % 3], loss_scale=3.0, offset=turn % 5)
+
+
+@pytest.mark.parametrize("k", [1, 10, 40, 1024])
+def test_hostile_lists_of_blocks(kernels, k):
+    """Entries that point nowhere or do not rise are none, in any row."""
+    for seed, (n, rows) in enumerate(((1, 1), (1000, 3), (1024, 10), (5003, 3))):
+        torch.manual_seed(seed)
+        count = n // 1024 * k + -(-(n % 1024) * k // 1024)
+        values, index = op_cases.message_rows(rows, {"values": (count, torch.float32), "index": (count, torch.int16)}, "cpu").values()
+        values.copy_(torch.randn(rows, count))
+        index.copy_(torch.randint(-32768, 32768, (rows, count)).to(torch.int16))
+        index[:, ::2] = torch.randint(-3, 1100, (rows, (count + 1) // 2)).to(torch.int16)
+        index[-1] = (torch.arange(count) % k).to(torch.int16)
+        for dtype in op_cases.DTYPES:
+            out = [torch.zeros(n + 1, dtype=dtype)[1:] for _ in range(2)]
+            for backend, to in zip((kernels, reference), out):
+                backend.blocktopk_decode_sum(to, 1 / rows, values, index, k)
+            assert torch.equal(*out), f"n={n} {dtype}"
+        residual = [torch.ones(n) for _ in range(2)]
+        for backend, to in zip((kernels, reference), residual):
+            backend.blocktopk_add(to, torch.full((1,), 3.0), values[0], index[0], k)
+        assert torch.equal(*residual)
 
 
 def test_a_missing_barrier_is_seen(kernels, tmp_path):

@@ -145,6 +145,18 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
     cuda::run(RandomkEncode{g.input(), values.row(1), k, k % 2 == 0, 1, 2, 3}, nullptr);
     cuda::run(RandomkDecodeSum{g.output(stride), values.row(), k, 1, 2, 3}, nullptr);
   }
+  for (int k : {0, 10, 1024}) {
+    int64_t count = n / kBlock * k + ceil_div(n % kBlock * k, kBlock), stride = stride_of(4 * count);
+    Field<float> values(count, stride);
+    Field<int16_t> index(count, stride);
+    for (int row = 0; row < 2; ++row)  // indices that may be, but for their order, beside those that may not
+      for (int64_t i = row; i < count; i += 2) index.row(row)[i] = (int16_t)(draw() % 1100);
+    BlockTopkDecodeSum sum{g.output(stride), stride, values.row(), index.row(), count, k};
+    cuda::run(sum, nullptr);
+    cuda::run(BlockTopkAdd{g.residual.data(), &g.loss_scale, n, values.row(), index.row(), count, k}, nullptr);
+    cuda::run(BlockTopkEncode{g.input(), values.row(1), index.row(1), count, k}, nullptr);
+    cuda::run(sum, nullptr);
+  }
 }
 
 }  // namespace

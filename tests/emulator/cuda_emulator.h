@@ -203,6 +203,14 @@ inline unsigned __ballot_sync(unsigned, int p) {
   emulator::wait(w.barrier);
   return result;
 }
+template <class T, class Combine> T reduce(T v, Combine combine) {
+  T result = emulator::exchange(v, 0);
+  for (int lane = 1; lane < 32; ++lane) result = combine(result, emulator::exchange(v, lane));
+  return result;
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned v) { return reduce(v, [](unsigned a, unsigned b) { return a + b; }); }
+template <class T> T __reduce_min_sync(unsigned, T v) { return reduce(v, [](T a, T b) { return std::min(a, b); }); }
+template <class T> T __reduce_max_sync(unsigned, T v) { return reduce(v, [](T a, T b) { return std::max(a, b); }); }
 template <class T, class V> T atomicAdd(T* p, V v) { return *p += (T)v, *p - (T)v; }
 template <class T> T atomicMax(T* p, T v) {
   T old = *p;
@@ -217,6 +225,9 @@ template <class T, class V> T atomicOr(T* p, V v) {
 inline void __threadfence() {}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffsll(long long v) { return __builtin_ffsll(v); }
+inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }
+inline int __ffs(int v) { return __builtin_ffs(v); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) { return (unsigned)(((uint64_t)high << 32 | low) << (by % 32) >> 32); }
 template <class T> T __ldcg(const T* p) { return *p; }
 using std::max;
 using std::min;
