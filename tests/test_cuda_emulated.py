@@ -243,7 +243,7 @@ def test_any_bytes_are_an_ascending_list(kernels, n, k, bits):
         assert not wrong, f"{density} of 256 are ones: {wrong}"
 
 
-@pytest.mark.parametrize("n, k", [(4088, 1), (4089, 1), (8200, 2), (12_263, 3), (9001, 2), (8179, 2), (8178, 2), (5003, 5000), (5003, 41), (30_011, 7)])
+@pytest.mark.parametrize("n, k", [(4088, 1), (4089, 1), (8200, 2), (12_263, 3), (9001, 2), (8178, 2), (8177, 2), (5003, 5000), (5003, 41), (30_011, 7)])
 def test_strata_as_long_as_a_block(kernels, n, k):
     """About the longest strata that a block encodes at once, and others with values that are not finite."""
     for i, kind in enumerate(("heavy", "nan", "inf")):
@@ -279,6 +279,20 @@ def test_hostile_lists_of_blocks(kernels, k):
         for backend, to in zip((kernels, reference), residual):
             backend.blocktopk_add(to, torch.full((1,), 3.0), values[0], index[0], k)
         assert torch.equal(*residual)
+
+
+@pytest.mark.parametrize("n, k", [(13_001, 3), (8177, 2), (5003, 41), (5003, 2000)])
+def test_a_value_that_is_not_finite_spoils_its_stratum_alone(kernels, n, k):
+    for at in (0, n // k, n // k + 1, n // 2, n - n // k - 1, n - 1):
+        results = []
+        for backend in (kernels, reference):
+            x, residual, values = op_cases.values_of("normal", n), op_cases.values_of("heavy", n, 1), torch.zeros(k)
+            x[at] = torch.inf
+            backend.randomk_encode(x, residual, torch.full((1,), 3.0), values, False, (5, 6, 7))
+            results.append({"values": values, "residual": residual})
+        wrong = op_cases.difference(*results)
+        assert not wrong, f"infinite at {at}: {wrong}"
+        assert int(results[0]["values"].isnan().sum()) == 1
 
 
 def test_a_missing_barrier_is_seen(kernels, tmp_path):

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) unpack(Unpack op) {
     uint64_t ones = threadIdx.x % 2 ? (uint64_t)cell.w << 32 | cell.z : (uint64_t)cell.y << 32 | cell.x;
     int64_t at = step * kBits + threadIdx.x * 64 - op.high.begin * 8;  // in the stream, of these bits
     int begin = from_0_to_64(-at), end = from_0_to_64(op.length - at);
-    ones &= lowest(end) & ~lowest(begin);
+    ones &= lowest(end);  // the cells hold zeros before the first
     int own = __popc((uint32_t)ones) + __popc((uint32_t)(ones >> 32));
     int64_t total;
     int mine = (int)sum_before(own, total);

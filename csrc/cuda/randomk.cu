@@ -198,14 +198,14 @@ template <class T> void encode_long(const Gradient<T>& in, const Strata& strata,
 
 template <class T> __global__ void __launch_bounds__(kThreads) decode(T* out, bool aligned, RandomkDecodeSum op, Strata strata) {
   __shared__ float4 tile[kSpan / 4];
-  __shared__ int64_t first, end;  // strata
+  __shared__ int64_t strata_of[2];  // the first, and the one after the last
   float* sum = reinterpret_cast<float*>(tile);
   int64_t begin = (int64_t)blockIdx.x * kSpan;
   int size = (int)min((int64_t)kSpan, op.out.n - begin);
-  if (threadIdx.x < 2) (threadIdx.x ? end : first) = threadIdx.x ? strata.of(begin + size - 1) + 1 : strata.of(begin);
+  if (threadIdx.x < 2) strata_of[threadIdx.x] = strata.of(begin + (threadIdx.x ? size - 1 : 0)) + threadIdx.x;
   for (int i = threadIdx.x; i < kSpan / 4; i += kThreads) tile[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
   __syncthreads();
-  each_drawn(strata, first, end, threadIdx.x, kThreads, [&](int64_t s, int64_t element) {
+  each_drawn(strata, strata_of[0], strata_of[1], threadIdx.x, kThreads, [&](int64_t s, int64_t element) {
     if (element < begin || element >= begin + size) return;
     const char* value = reinterpret_cast<const char*>(op.values + s);
     float total = *reinterpret_cast<const float*>(value);
