@@ -251,6 +251,28 @@ def test_strata_as_long_as_a_block(kernels, n, k):
             compare(kernels, "randomk", n, kind, op_cases.DTYPES[(i + n) % 3], k=k, scaled=residual, residual=residual, loss_scale=3.0, offset=i)
 
 
+@pytest.mark.parametrize("at", [0, 30, 31, 32, 255, 256, 300])
+def test_a_list_that_falls_once(kernels, at):
+    """An element twice, or two entries exchanged, in a list that rises but for that: its values add up in the order of the
+    list, which here matters."""
+    n, k = 70_003, 400
+    for seed, exchanged in enumerate((False, False, False, True)):
+        torch.manual_seed(seed)
+        values, index, starts = op_cases.message_rows(
+            2, {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (2, torch.int64)}, "cpu").values()
+        values[0] = 1.0
+        values[1] = torch.randn(k)
+        values[1, at : at + 2] = torch.tensor([2.0**24, -(2.0**24)])
+        index[:] = torch.randperm(5000)[:k].sort().values.to(torch.int16)
+        index[1, at : at + 2] = index[1, at : at + 2].flip(0) if exchanged else index[1, at]
+        starts[:] = k // 2 if at == 300 else k  # the second tile begins there
+        starts[:, 0] = 0
+        out = [torch.zeros(n) for _ in range(2)]
+        for backend, to in zip((kernels, reference), out):
+            backend.topk_decode_sum(to, 1.0, values, index, starts)
+        assert torch.equal(*out), f"seed {seed}"
+
+
 @pytest.mark.parametrize("k", [0, 2, 20, 32, 33, 1023, 1024])
 def test_any_share_of_a_block(kernels, k):
     """Few and many candidates, and lists that are longer than a warp is wide."""

@@ -56,7 +56,10 @@ def test_bits_of_the_reference(backend, op, dtype):
                     compare(kernels, op, n, kind, dtype, residual=t % 5 > 0, loss_scale=(1.0, 1024.0, 3.0)[t // 3 % 3], offset=t // 9 % 4, **options)
 
 
-@pytest.mark.parametrize("op, options", [("quant", {"bits": 8, "block": 256, "stochastic": True}), ("topk", {"k": 67_109}), ("sign", {"block": 1024}), ("threshold", {"k": 67_109}), ("randomk", {"k": 67_109, "scaled": True})])
+@pytest.mark.parametrize("op, options", [
+    ("quant", {"bits": 8, "block": 256, "stochastic": True}), ("topk", {"k": 67_109}), ("sign", {"block": 1024}), ("threshold", {"k": 67_109}),
+    ("blocktopk", {"k": 10}), ("randomk", {"k": 67_109, "scaled": True}),
+])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_bits_of_the_reference_over_many_blocks(backend, op, options):
     compare(kernels_of(backend, op), op, 6_710_887, "heavy", torch.float32, rows=1, **options)

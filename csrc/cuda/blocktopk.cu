@@ -275,7 +275,7 @@ template <class T> __global__ void __launch_bounds__(kBlockThreads, 4) encode(Gr
 struct Rising {
   const int16_t* index;
   const float* values;
-  int64_t count;
+  int count;
   int highest = -1;
 
   // Whether the entry that this lane holds is one. A warp works together, 32 entries at a time.
@@ -305,9 +305,9 @@ template <class T> __global__ void __launch_bounds__(kBlockThreads, 8) decode(T*
   Lines lines = block.lines(op.out.n);
   if (lines.width == 0) return;
   clear(sum);
-  add_lists(
-      op.out.rows,
-      [&](int64_t row) {
+  add_lists<8>(
+      (int)op.out.rows,
+      [&](int row) {
         return list_of(block, row_of(op.values, row, op.out.stride), row_of(op.index, row, op.place_stride), op.count, op.k);
       },
       [&](Rising& list, int at, float value, bool held) {
@@ -321,8 +321,8 @@ __global__ void __launch_bounds__(kBlockThreads, 8) add_to_residual(BlockTopkAdd
   Lines lines = block.lines(op.n);
   if (lines.width == 0) return;
   float inverse = divide(1.0f, *op.loss_scale);
-  add_lists(
-      1, [&](int64_t) { return list_of(block, op.values, op.index, op.count, op.k); },
+  add_lists<1>(
+      1, [&](int) { return list_of(block, op.values, op.index, op.count, op.k); },
       [&](Rising& list, int at, float value, bool held) {
         if (!list.valid(at, held, lines.width)) return;
         float& to = op.residual[lines.element(at)];

@@ -1,6 +1,6 @@
 // Adding up lists of entries into sums in shared memory: a warp owns 1024 sums and meets no other.
 //
-// The rows are added in their order. What a warp adds at once, an entry a lane, is of one row; eight such steps, of one row
+// The rows are added in their order. What a warp adds at once, an entry a lane, is of one row; AHEAD such steps, of one row
 // or of several, are under way to it at the same time.
 #pragma once
 #include "lines.h"
@@ -8,13 +8,12 @@
 namespace commopt::cuda {
 namespace {
 
-constexpr int kAhead = 8;
-
 template <class T> __device__ __forceinline__ const T* row_of(const T* first, int64_t row, int64_t stride) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + row * stride);
 }
 
 __device__ __forceinline__ void clear(float* sum) {
+  __syncwarp();
 #pragma unroll
   for (int m = 0; m < kQuads; ++m) quads(sum)[own_quad(m)] = {};
   __syncwarp();
@@ -22,28 +21,27 @@ __device__ __forceinline__ void clear(float* sum) {
 
 // list(row) has index, values and count. add(list, index, value, whether this lane has an entry) is called for 32 entries
 // at a time, in the order of the rows and of the lists.
-template <class List, class Add> __device__ __forceinline__ void add_lists(int64_t rows, List list, Add add) {
+template <int AHEAD, class List, class Add> __device__ __forceinline__ void add_lists(int rows, List list, Add add) {
   int lane = threadIdx.x % 32;
-  int64_t row = 0, chunk = 0, loaded = 0, loaded_chunk = 0;
-  auto next = [](int64_t& row, int64_t& chunk, int64_t count) {
+  auto next = [](int& row, int& chunk, int count) {
     chunk += 32;
     if (chunk >= count) ++row, chunk = 0;
   };
   auto current = list(0);
-  while (row < rows) {
-    int at[kAhead];
-    float value[kAhead];
+  for (int row = 0, chunk = 0, loaded = 0, loaded_chunk = 0; row < rows;) {
+    int at[AHEAD] = {};
+    float value[AHEAD] = {};
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < AHEAD; ++u) {
       if (loaded >= rows) break;
       auto from = list(loaded);
-      int64_t entry = loaded_chunk + lane;
+      int entry = loaded_chunk + lane;
       at[u] = entry < from.count ? from.index[entry] : 0;
       value[u] = entry < from.count ? from.values[entry] : 0.0f;
       next(loaded, loaded_chunk, from.count);
     }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < AHEAD; ++u) {
       if (row >= rows) break;
       if (chunk == 0) current = list(row);
       add(current, at[u], value[u], chunk + lane < current.count);
