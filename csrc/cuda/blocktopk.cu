@@ -271,24 +271,30 @@ template <class T> __global__ void __launch_bounds__(kBlockThreads, 4) encode(Gr
 
 // --- decode ---
 
-// The entries of a block in one row. An entry that does not lie beyond those before it is none.
-struct Rising {
+// The highest index before this lane's entry, when `highest` is that before the warp's: an entry that does not lie beyond
+// those before it is none. A warp works together.
+__device__ __forceinline__ int highest_before(int at, bool held, int highest) {
+  int lane = threadIdx.x % 32, before = __shfl_up_sync(kAll, at, 1);
+  if (lane == 0) before = highest;
+  if (__ballot_sync(kAll, held && at <= before)) {
+    int upto = held ? at : -1;
+    for (int by = 1; by < 32; by *= 2) upto = max(upto, __shfl_up_sync(kAll, upto, by));
+    before = max(__shfl_up_sync(kAll, upto, 1), highest);
+    if (lane == 0) before = highest;
+  }
+  return before;
+}
+
+struct Rising {  // the entries of a block in one row
   const int16_t* index;
   const float* values;
   int count;
-  int highest = -1;
+  int highest = -1;  // of those that have been added
 
-  // Whether the entry that this lane holds is one. A warp works together, 32 entries at a time.
+  // Whether this lane's entry is one.
   __device__ __forceinline__ bool valid(int at, bool held, int width) {
-    int lane = threadIdx.x % 32, before = __shfl_up_sync(kAll, at, 1);
-    if (lane == 0) before = highest;
-    int upto = held ? at : -1;
-    if (__ballot_sync(kAll, held && at <= before)) {
-      for (int by = 1; by < 32; by *= 2) upto = max(upto, __shfl_up_sync(kAll, upto, by));
-      int below = __shfl_up_sync(kAll, upto, 1);
-      before = lane ? max(below, highest) : highest;
-    }
-    if (count > 32) highest = max(highest, __reduce_max_sync(kAll, upto));
+    int before = highest_before(at, held, highest);
+    highest = max(highest, __reduce_max_sync(kAll, held ? at : -1));
     return held && at > before && at < width;
   }
 };
@@ -301,18 +307,29 @@ __device__ __forceinline__ Rising list_of(const Block& block, const float* value
 template <class T> __global__ void __launch_bounds__(kBlockThreads, 8) decode(T* out, bool out_aligned, BlockTopkDecodeSum op) {
   alignas(16) __shared__ float sums[kBlockWarps][kBlock];
   float* sum = sums[threadIdx.x / 32];
+  int lane = threadIdx.x % 32, rows = (int)op.out.rows;
   Block block(op.out.n);
   Lines lines = block.lines(op.out.n);
   if (lines.width == 0) return;
+  Rising first = list_of(block, op.values, op.index, op.count, op.k);
+  bool held = lane < first.count;
   clear(sum);
-  add_lists<8>(
-      (int)op.out.rows,
-      [&](int row) {
-        return list_of(block, row_of(op.values, row, op.out.stride), row_of(op.index, row, op.place_stride), op.count, op.k);
-      },
-      [&](Rising& list, int at, float value, bool held) {
-        if (list.valid(at, held, lines.width)) sum[at] = add(sum[at], value);
-      });
+  if (first.count <= 32)
+    add_short_lists<8>(
+        rows,
+        [&](int row, int& at, float& value) {
+          if (held) at = row_of(first.index, row, op.place_stride)[lane], value = row_of(first.values, row, op.out.stride)[lane];
+        },
+        [&](int at, float value) {
+          if (at > highest_before(at, held, -1) && at < lines.width) sum[at] = add(sum[at], value);
+        });
+  else
+    add_lists<4>(
+        rows,
+        [&](int row) { return Rising{row_of(first.index, row, op.place_stride), row_of(first.values, row, op.out.stride), first.count}; },
+        [&](Rising& list, int at, float value, bool held) {
+          if (list.valid(at, held, lines.width)) sum[at] = add(sum[at], value);
+        });
   write(out, out_aligned, lines, op.out.weight, sum);
 }
 

@@ -19,8 +19,28 @@ __device__ __forceinline__ void clear(float* sum) {
   __syncwarp();
 }
 
-// list(row) has index, values and count. add(list, index, value, whether this lane has an entry) is called for 32 entries
-// at a time, in the order of the rows and of the lists.
+// For lists of at most 32 entries: load(row, index, value) gives a lane its entry, and add(index, value) is called for the
+// rows in their order. A lane without an entry has the index -1.
+template <int AHEAD, class Load, class Add> __device__ __forceinline__ void add_short_lists(int rows, Load load, Add add) {
+  for (int row = 0; row < rows; row += AHEAD) {
+    int at[AHEAD];
+    float value[AHEAD];
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u) {
+      at[u] = -1, value[u] = 0.0f;
+      if (row + u < rows) load(row + u, at[u], value[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u) {
+      if (row + u >= rows) break;
+      add(at[u], value[u]);
+      __syncwarp();
+    }
+  }
+}
+
+// For lists of any length: list(row) has index, values and count. add(list, index, value, whether this lane has an entry) is
+// called for 32 entries at a time, in the order of the rows and of the lists.
 template <int AHEAD, class List, class Add> __device__ __forceinline__ void add_lists(int rows, List list, Add add) {
   int lane = threadIdx.x % 32;
   auto next = [](int& row, int& chunk, int count) {
@@ -29,15 +49,15 @@ template <int AHEAD, class List, class Add> __device__ __forceinline__ void add_
   };
   auto current = list(0);
   for (int row = 0, chunk = 0, loaded = 0, loaded_chunk = 0; row < rows;) {
-    int at[AHEAD] = {};
-    float value[AHEAD] = {};
+    int at[AHEAD];
+    float value[AHEAD];
 #pragma unroll
     for (int u = 0; u < AHEAD; ++u) {
-      if (loaded >= rows) break;
+      at[u] = -1, value[u] = 0.0f;
+      if (loaded >= rows) continue;
       auto from = list(loaded);
       int entry = loaded_chunk + lane;
-      at[u] = entry < from.count ? from.index[entry] : 0;
-      value[u] = entry < from.count ? from.values[entry] : 0.0f;
+      if (entry < from.count) at[u] = from.index[entry], value[u] = from.values[entry];
       next(loaded, loaded_chunk, from.count);
     }
 #pragma unroll

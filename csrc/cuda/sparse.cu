@@ -19,10 +19,10 @@ constexpr int kPart = (int)kBlock;
 constexpr int kUnit = kWarps * kPart;
 constexpr int kParts = (int)kTile / kPart;  // of a tile
 constexpr int kUnitsOfTile = kParts / kWarps;
-constexpr int kEach = 4;    // entries of a thread at once, when adding to the residual
+constexpr int kEach = 4;     // entries of a thread at once, when adding to the residual
 constexpr int kChunk = kEach * kThreads;
-constexpr int kRows = 32;   // rows of which a block knows the lists at once
-constexpr int kAhead = 4;    // steps of a warp's lists under way to it
+constexpr int kRows = 32;    // rows of which a block knows the lists at once
+constexpr int kAhead = 8;    // lists of a part under way to a warp
 constexpr int kPiece = 256;  // of a list, that a warp looks through at once
 constexpr int kMostBlocks = 2048;
 
@@ -33,12 +33,20 @@ struct Range {  // of entries
 // The entries of a tile. A warp works together. `reached` is the largest start of the tiles before `from` and becomes
 // that of the tiles up to `tile`: a start before its predecessor counts as that one, so all before matter.
 __device__ Range range_of(const int64_t* starts, int64_t k, int tiles, int from, int tile, int64_t& reached) {
-  int64_t most = reached;
-#pragma unroll 8
-  for (int t = from + (int)(threadIdx.x % 32); t <= tile; t += 32) most = max(most, min(starts[t], k));
+  int64_t most = reached, end = tile + 1 < tiles ? starts[tile + 1] : k;
+  for (int first = from; first <= tile; first += 256) {
+    int64_t start[8];
+#pragma unroll
+    for (int u = 0; u < 8; ++u) {
+      int t = first + u * 32 + (int)(threadIdx.x % 32);
+      start[u] = t <= tile ? starts[t] : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < 8; ++u) most = max(most, min(start[u], k));
+  }
   for (int apart = 16; apart; apart /= 2) most = max(most, __shfl_xor_sync(kAll, most, apart));
   reached = most;
-  return {most, tile + 1 < tiles ? max(most, min(starts[tile + 1], k)) : k};
+  return {most, max(most, min(end, k))};
 }
 
 // What a block knows of the lists of one tile.
@@ -46,7 +54,7 @@ struct Lists {
   Range range[kRows];
   int64_t reached[kRows];
   bool rise;                          // all of them, from each entry to the next
-  uint16_t first[kRows][kParts];  // if they do: the entries before each part
+  uint16_t first[kRows][kParts + 1];  // if they do: the entries before each part, and all, of which the lowest bits suffice
 };
 
 // Where the lists of a tile are. A warp owns rows.
@@ -61,7 +69,7 @@ __device__ void find_ranges(Lists& lists, const TopkDecodeSum& op, int batch, in
 }
 
 // Looks through a piece of a list, kPiece entries from `from` on: whether they rise, and where parts begin. What lies beyond
-// the last entry is the start of the parts that have none. A warp works together.
+// the last entry is the start of the parts that have none, and of what follows the parts. A warp works together.
 __device__ __forceinline__ void look_through(const uint16_t* index, int64_t count, int64_t from, uint16_t* first, bool& rise) {
   int lane = threadIdx.x % 32, at[kPiece / 32], last = from ? index[from - 1] : -1;
 #pragma unroll
@@ -77,9 +85,8 @@ __device__ __forceinline__ void look_through(const uint16_t* index, int64_t coun
     last = __shfl_sync(kAll, at[u], 31);
     if (entry > count) continue;
     if (before >= at[u]) rise = false;
-    int begin = (before + kPart) / kPart, end = min(at[u] / kPart + 1, kParts);
-#pragma unroll 1
-    for (int s = begin; s < end; ++s) first[s] = (uint16_t)entry;
+    #pragma unroll 1
+    for (int s = (before + kPart) / kPart; s <= at[u] / kPart; ++s) first[s] = (uint16_t)entry;
   }
 }
 
@@ -100,12 +107,33 @@ struct Entries {  // of a part, in one row
   int count;
 };
 
+__device__ __forceinline__ int count_of(const Lists& lists, int r, int part) { return (lists.first[r][part + 1] - lists.first[r][part]) & 0xffff; }
+
 __device__ __forceinline__ Entries entries_of(const Lists& lists, const TopkDecodeSum& op, int batch, int r, int part) {
-  Range tile = lists.range[r];
-  int before = lists.first[r][part];
-  int count = (part + 1 < kParts ? lists.first[r][part + 1] : (int)(tile.end - tile.begin)) - before;
-  int64_t begin = tile.begin + before;
-  return {row_of(op.index, batch + r, op.place_stride) + begin, row_of(op.values, batch + r, op.out.stride) + begin, count};
+  int64_t begin = lists.range[r].begin + lists.first[r][part];
+  return {row_of(op.index, batch + r, op.place_stride) + begin, row_of(op.values, batch + r, op.out.stride) + begin, count_of(lists, r, part)};
+}
+
+// Adds the entries of a part of lists that rise. A warp works together.
+__device__ __forceinline__ void add_part(float* sum, int width, const Lists& lists, const TopkDecodeSum& op, int batch, int rows, int part) {
+  int lane = threadIdx.x % 32;
+  auto add_one = [&](int at, float value) {
+    at -= part * kPart;
+    if (at >= 0 && at < width) sum[at] = add(sum[at], value);
+  };
+  bool all_short = !__ballot_sync(kAll, lane < rows && count_of(lists, min(lane, rows - 1), part) > 32);
+  if (all_short)
+    add_short_lists<kAhead>(
+        rows,
+        [&](int r, int& at, float& value) {
+          Entries from = entries_of(lists, op, batch, r, part);
+          if (lane < from.count) at = from.index[lane], value = from.values[lane];
+        },
+        add_one);
+  else
+    add_lists<4>(
+        rows, [&](int r) { return entries_of(lists, op, batch, r, part); },
+        [&](const Entries&, int at, float value, bool) { add_one(at, value); });
 }
 
 // Adds those entries of a part that the list of its tile holds, in whatever order, one after the other. A warp works together.
@@ -146,12 +174,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 3) decode(T* out,
         known = tile;
       }
       if (lists.rise)
-        add_lists<kAhead>(
-            here, [&](int r) { return entries_of(lists, op, batch, r, part); },
-            [&](const Entries&, int at, float value, bool held) {
-              at -= part * kPart;
-              if (held && at >= 0 && at < width) sum[at] = add(sum[at], value);
-            });
+        add_part(sum, width, lists, op, batch, here, part);
       else
         for (int r = 0; r < here; ++r)
           add_in_turn(sum, part, width, row_of(op.index, batch + r, op.place_stride), row_of(op.values, batch + r, op.out.stride), lists.range[r]);
