@@ -35,24 +35,26 @@ __device__ __forceinline__ void put(uint8_t* to, const SharedScale& scale) { *to
 
 template <class In, class Codec>
 __device__ __forceinline__ void encode_group(const In& in, const Codec& codec, int64_t group, int count, const float (&acc)[kGroup],
-                                             BlockScale scale, float inverse_loss_scale) {
+                                             BlockScale scale, float inverse_loss_scale, bool together) {
   float sent[kGroup];
   bool usable = magnitude(scale.scale) < kNonFinite;
   codec.encode(group, count, acc, scale, usable, sent);
+  if (together) together = __all_sync(kAll, usable);
   if (!in.residual || !usable) return;
   float kept[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) kept[i] = mul(sub(acc[i], sent[i]), inverse_loss_scale);
-  store8(in.residual + group * kGroup, in.residual_aligned, count, kept);
+  store8(in.residual + group * kGroup, in.residual_aligned, count, kept, together);
 }
 
 // A CUDA block owns 2048 elements, a thread 8 of them, `lanes` neighbouring threads one block (a power of two, <= 256).
-template <class In, class Codec, class S> __global__ void __launch_bounds__(kThreads) encode_blocks(In in, Codec codec, S* scales, int shift) {
+template <class In, class Codec, class S> __global__ void __launch_bounds__(kThreads, In::kBlocks) encode_blocks(In in, Codec codec, S* scales, int shift) {
   __shared__ uint32_t of_warp[kThreads / 32];
   int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   int count = present(in.n, group * kGroup), lanes = 1 << shift;
   float loss_scale = *in.loss_scale, acc[kGroup], old[kGroup];
-  in.load(count ? group * kGroup : 0, count, loss_scale, acc, old);
+  bool together = whole_warp(in.n, group * kGroup);
+  in.load(count ? group * kGroup : 0, count, loss_scale, acc, old, together);
   uint32_t most = absmax_of(acc);
   for (int apart = min(lanes, 32) / 2; apart; apart /= 2) most = max(most, __shfl_xor_sync(kAll, most, apart));
   if (lanes > 32) {
@@ -64,7 +66,7 @@ template <class In, class Codec, class S> __global__ void __launch_bounds__(kThr
   if (count == 0) return;
   const auto scale = codec.scale(most);
   if ((threadIdx.x & (lanes - 1)) == 0) put(scales + (group >> shift), scale);
-  encode_group(in, codec, group, count, acc, scale, divide(1.0f, loss_scale));
+  encode_group(in, codec, group, count, acc, scale, divide(1.0f, loss_scale), together);
 }
 
 // Any other block length: a warp owns a block and reads it twice, the second time from the cache. With two blocks to a
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) encode_long_blocks(In in, Codec c
     int count = present(in.n, first);
     if (count == 0) break;
     in.load(first, count, loss_scale, acc, old);
-    encode_group(in, codec, begin + j, count, acc, scale, divide(1.0f, loss_scale));
+    encode_group(in, codec, begin + j, count, acc, scale, divide(1.0f, loss_scale), false);
   }
 }
 

@@ -31,9 +31,9 @@ struct Cutter {
   }
 };
 
-template <class T> __device__ __forceinline__ T sum_of_warp(T v) {
-  for (int apart = 16; apart; apart /= 2) v += __shfl_xor_sync(kAll, v, apart);
-  return v;
+// v below 2^51.
+__device__ __forceinline__ u64 sum_of_warp(u64 v) {
+  return __reduce_add_sync(kAll, (unsigned)(v & 0xffffff)) + ((u64)__reduce_add_sync(kAll, (unsigned)(v >> 24)) << 24);
 }
 
 // The sum of v over the threads before this one, and in `total` over the block.
@@ -74,7 +74,10 @@ struct Sums {
     if (numbers == 0) return;
     atomicAdd(&of_tile[tile], numbers);
     atomicAdd(&of_group[tile / 32], numbers);
-    atomicAdd(&of_super[tile / 1024], numbers);
+  }
+  // The sum of 1024 tiles has so many to add to it that they would wait for each other: a block adds what it has for one of them.
+  __device__ void add_to_super(int64_t super, u64 numbers) const {
+    if (numbers) atomicAdd(&of_super[super], numbers);
   }
 };
 
@@ -83,13 +86,13 @@ struct Pair {
   __device__ void add(u64 numbers) { first += (uint32_t)numbers, second += numbers >> 32; }
 };
 
-// The sums of the tiles before this one. A warp works together.
+// The sums of the tiles before this one, which this kernel does not change. A warp works together.
 __device__ __forceinline__ Pair before(const Sums& sums, int64_t tile) {
   int64_t lane = threadIdx.x % 32, group = tile / 32, super = tile / 1024;
   Pair p = {0, 0};
-  for (int64_t i = lane; i < super; i += 32) p.add(sums.of_super[i]);
-  if (super * 32 + lane < group) p.add(sums.of_group[super * 32 + lane]);
-  if (group * 32 + lane < tile) p.add(sums.of_tile[group * 32 + lane]);
+  for (int64_t i = lane; i < super; i += 32) p.add(__ldg(&sums.of_super[i]));
+  if (super * 32 + lane < group) p.add(__ldg(&sums.of_group[super * 32 + lane]));
+  if (group * 32 + lane < tile) p.add(__ldg(&sums.of_tile[group * 32 + lane]));
   return {sum_of_warp(p.first), sum_of_warp(p.second)};
 }
 
@@ -146,7 +149,7 @@ __device__ __forceinline__ void list_tile(const Gradient<T>& in, const List& lis
   for (int j = 0; j < 2; ++j) {
     first[j] = (int64_t)blockIdx.x * kSpan + (j * kThreads + threadIdx.x) * kGroup;
     count[j] = present(in.n, first[j]);
-    in.load(count[j] ? first[j] : 0, count[j], scale, acc[j], old);
+    in.load(count[j] ? first[j] : 0, count[j], scale, acc[j], old, whole_warp(in.n, first[j]));
   }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -191,8 +194,10 @@ __device__ __forceinline__ void list_tile(const Gradient<T>& in, const List& lis
       finite = finite && magnitude(acc[j][i]) < kNonFinite;
     }
     if (!in.residual) continue;
+    bool together = whole_warp(in.n, first[j]);
+    if (together) together = __all_sync(kAll, finite);
     if (finite) {
-      store8(in.residual + first[j], in.residual_aligned, count[j], kept);
+      store8(in.residual + first[j], in.residual_aligned, count[j], kept, together);
     } else {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
@@ -201,11 +206,22 @@ __device__ __forceinline__ void list_tile(const Gradient<T>& in, const List& lis
   }
 }
 
+// The chunks of a block: neighbours, most of which are of neighbouring tiles.
+struct Chunks {
+  int64_t begin, end;
+  __device__ __forceinline__ Chunks(const List& list, const Pool& pool, bool useless) {
+    int64_t used = useless ? 0 : list.used(pool), each = (used + gridDim.x - 1) / gridDim.x;
+    begin = min(blockIdx.x * each, used), end = min(begin + each, used);
+  }
+};
+
 // Calls chunk(number) for the chunks of the list, and tile(number) for the raw tiles, or for all tiles and no chunk where the
 // list is of no use: each by one warp of the grid.
 template <class OfChunk, class OfTile> __device__ __forceinline__ void each_piece(const List& list, const Pool& pool, bool useless, OfChunk chunk, OfTile tile) {
-  int64_t warp = (int64_t)blockIdx.x * kWarps + threadIdx.x / 32, warps = (int64_t)gridDim.x * kWarps, used = useless ? 0 : list.used(pool);
-  for (int64_t c = warp; c < used; c += warps) chunk(c);
+  int64_t warp = (int64_t)blockIdx.x * kWarps + threadIdx.x / 32, warps = (int64_t)gridDim.x * kWarps;
+  Chunks own(list, pool, useless);
+#pragma unroll 2
+  for (int64_t c = own.begin + threadIdx.x / 32; c < own.end; c += kWarps) chunk(c);
   if (!useless && !pool.refused) return;
   for (int64_t t = warp; t < list.tiles; t += warps)
     if (useless || list.held[t] == kRaw) tile(t);

@@ -13,7 +13,8 @@ template <class T, class V> __global__ void __launch_bounds__(kThreads) encode(G
   if (count == 0) return;
   float scale = *in.loss_scale, inverse = divide(1.0f, scale);
   float acc[kGroup], kept[kGroup];
-  in.load(first, count, scale, acc, kept);
+  bool together = whole_warp(in.n, first);
+  in.load(first, count, scale, acc, kept, together);
   V v[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
@@ -21,8 +22,8 @@ template <class T, class V> __global__ void __launch_bounds__(kThreads) encode(G
     float sent = widen(v[i]);
     if (in.residual && magnitude(sent) < kNonFinite) kept[i] = mul(sub(acc[i], sent), inverse);
   }
-  store8(values + first, values_aligned, count, v);
-  if (in.residual) store8(in.residual + first, in.residual_aligned, count, kept);
+  store8(values + first, values_aligned, count, v, together);
+  if (in.residual) store8(in.residual + first, in.residual_aligned, count, kept, together);
 }
 
 template <class V> struct Rows {

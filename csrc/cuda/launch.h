@@ -68,10 +68,37 @@ __device__ __forceinline__ int present(int64_t n, int64_t first) {
   return left >= kGroup ? kGroup : left > 0 ? (int)left : 0;
 }
 
-template <class T> __device__ __forceinline__ void load8(const T* p, bool aligned, int count, T (&v)[kGroup]) {
+// Whether all elements of a warp are there, where its lanes have neighbouring groups and `first` is this lane's first element.
+__device__ __forceinline__ bool whole_warp(int64_t n, int64_t first) { return first + (32 - (int)(threadIdx.x % 32)) * kGroup <= n; }
+
+// Lanes 2 i and 2 i + 1 have the quads 4 i .. 4 i + 3 of a warp's float32, 16 bytes each. Together they move the first two with one
+// instruction and the others with the next, which is whole sectors of 32 bytes where each lane's own would be halves. In memory
+// order a lane moves quads `place` and `place + 2` of the warp's.
+struct Neighbours {
+  bool odd = threadIdx.x & 1;
+  int place = (int)(threadIdx.x % 32) / 2 * 4 + odd;
+
+  // A lane that moved, or is to move, a and b gives its neighbour one of them for the other's.
+  __device__ __forceinline__ void exchange(uint4& a, uint4& b) const {
+    exchange(a.x, b.x), exchange(a.y, b.y), exchange(a.z, b.z), exchange(a.w, b.w);
+  }
+  __device__ __forceinline__ void exchange(uint32_t& a, uint32_t& b) const {
+    uint32_t given = __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
+    a = odd ? given : a, b = odd ? b : given;
+  }
+};
+
+// together: whole_warp, and then all lanes are here.
+template <class T> __device__ __forceinline__ void load8(const T* p, bool aligned, int count, T (&v)[kGroup], bool together = false) {
   using Vector = typename Moved<sizeof(T) * kGroup>::type;
   constexpr int kVectors = kGroup * sizeof(T) / (sizeof(Vector));
-  if (aligned && count == kGroup) {
+  if (sizeof(T) == 4 && aligned && together) {
+    const Neighbours n;
+    const uint4* quads = reinterpret_cast<const uint4*>(p) - threadIdx.x % 32 * 2 + n.place;
+    uint4 whole[2] = {quads[0], quads[2]};
+    n.exchange(whole[0], whole[1]);
+    memcpy(v, whole, sizeof(v));
+  } else if (aligned && count == kGroup) {
     Vector whole[kVectors];
     for (int j = 0; j < kVectors; ++j) whole[j] = reinterpret_cast<const Vector*>(p)[j];
     memcpy(v, whole, sizeof(v));
@@ -81,10 +108,17 @@ template <class T> __device__ __forceinline__ void load8(const T* p, bool aligne
   }
 }
 
-template <class T> __device__ __forceinline__ void store8(T* p, bool aligned, int count, const T (&v)[kGroup]) {
+template <class T> __device__ __forceinline__ void store8(T* p, bool aligned, int count, const T (&v)[kGroup], bool together = false) {
   using Vector = typename Moved<sizeof(T) * kGroup>::type;
   constexpr int kVectors = kGroup * sizeof(T) / (sizeof(Vector));
-  if (aligned && count == kGroup) {
+  if (sizeof(T) == 4 && aligned && together) {
+    const Neighbours n;
+    uint4* quads = reinterpret_cast<uint4*>(p) - threadIdx.x % 32 * 2 + n.place;
+    uint4 whole[2];
+    memcpy(whole, v, sizeof(whole));
+    n.exchange(whole[0], whole[1]);
+    quads[0] = whole[0], quads[2] = whole[1];
+  } else if (aligned && count == kGroup) {
     Vector whole[kVectors];
     memcpy(whole, v, sizeof(v));
     for (int j = 0; j < kVectors; ++j) reinterpret_cast<Vector*>(p)[j] = whole[j];
@@ -97,6 +131,7 @@ template <class T> __device__ __forceinline__ void store8(T* p, bool aligned, in
 
 // What an encode reads and updates, as the kernels see it.
 template <class T> struct Gradient {
+  static constexpr int kBlocks = 0;  // of a multiprocessor that the compiler has to leave registers for; 0: as it likes
   const T* x;
   float* residual;
   const float* loss_scale;
@@ -108,16 +143,16 @@ template <class T> struct Gradient {
         x_aligned(aligned16(in.x)), residual_aligned(aligned16(in.residual)) {}
 
   // acc and the old residual of one group; zeros past the end.
-  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
+  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup], bool together = false) const {
     T v[kGroup];
-    load8(x + first, x_aligned, count, v);
+    load8(x + first, x_aligned, count, v, together);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) acc[i] = widen(v[i]);
-    add_residual(first, count, scale, acc, old);
+    add_residual(first, count, scale, acc, old, together);
   }
 
-  __device__ __forceinline__ void add_residual(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
-    if (residual) load8(residual + first, residual_aligned, count, old);
+  __device__ __forceinline__ void add_residual(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup], bool together) const {
+    if (residual) load8(residual + first, residual_aligned, count, old, together);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) acc[i] = canonical(residual ? accumulate(acc[i], old[i], scale) : acc[i]);
   }
@@ -132,7 +167,7 @@ template <class T> struct Gradient {
 // before the first is needed.
 template <class Rows> __device__ __forceinline__ void sum_rows(const Rows& message, int64_t rows, int64_t group, int count, float (&total)[kGroup]) {
   using Held = typename Rows::Held;
-  constexpr int kAhead = sizeof(Held) <= 12 ? 8 : 4;
+  constexpr int kAhead = 4;
   for (int64_t first = 0; first < rows; first += kAhead) {
     Held held[kAhead];
 #pragma unroll
@@ -160,7 +195,7 @@ decode_sum(T* out, bool out_aligned, float weight, int64_t n, int64_t rows, Rows
   T result[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) narrow(result[i], mul(total[i], weight));
-  store8(out + first, out_aligned, count, result);
+  store8(out + first, out_aligned, count, result, whole_warp(n, first));
 }
 
 template <class Rows> void launch_decode(const char* op, const Output& o, const Rows& message, cudaStream_t stream) {

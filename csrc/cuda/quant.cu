@@ -37,7 +37,7 @@ template <int BITS> struct Quant {
       float q = stochastic ? quantize_stochastic(acc[i], s.inverse, kLevels, philox16(random, i)) : quantize(acc[i], s.inverse, kLevels);
       if (!usable) q = 0.0f;
       sent[i] = dequantize(q, s.scale);
-      uint32_t code = (uint32_t)((int)q + zero_of(BITS)) & ((1u << BITS) - 1u);
+      uint32_t code = bits_of(add(q, 12582912.0f + zero_of(BITS))) & ((1u << BITS) - 1u);  // a conversion takes far longer
       word[i * BITS / 32] |= code << (i * BITS % 32);
     }
     uint8_t* to = codes + group * BITS;
@@ -81,25 +81,29 @@ template <int BITS> struct Rows {
   __device__ __forceinline__ void values(const Held& held, float (&to)[kGroup]) const {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      uint32_t code = held.word[i * BITS / 32] >> (i * BITS % 32) & ((1u << BITS) - 1u);
-      int q = BITS == 8 ? (int)(int8_t)code : (int)code - zero_of(BITS);
-      to[i] = dequantize((float)q, held.scale);
+      // As the last bits of a number without a fraction: a conversion takes far longer.
+      constexpr uint32_t kSign = BITS == 8 ? 0x80808080u : 0;
+      constexpr int kZero = BITS == 8 ? 128 : zero_of(BITS);
+      uint32_t word = held.word[i * BITS / 32] ^ kSign;
+      uint32_t code = BITS == 8 ? __byte_perm(word, 0x4b000000u, 0x7440 + i % 4) : 0x4b000000u | (word >> (i * BITS % 32) & ((1u << BITS) - 1u));
+      to[i] = dequantize(sub(float_of(code), 8388608.0f + kZero), held.scale);
     }
   }
 };
 
 // What an encode reads where the gradient is the sum of the rows.
 template <int BITS> struct Total : Gradient<float> {
+  static constexpr int kBlocks = 4;  // left to itself it spills a few to have more of them
   Rows<BITS> message;
   int64_t rows;
 
   Total(const Input& in, const Rows<BITS>& message, int64_t rows) : Gradient<float>(in), message(message), rows(rows) {}
 
-  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
+  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup], bool together = false) const {
     sum_rows(message, rows, first / kGroup, count, acc);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) acc[i] = i < count ? acc[i] : 0.0f;
-    add_residual(first, count, scale, acc, old);
+    add_residual(first, count, scale, acc, old, together);
   }
 };
 

@@ -87,8 +87,9 @@ template <class T, class Codec> __global__ void __launch_bounds__(kThreads) enco
   int count = present(in.n, group * kGroup);
   if (count == 0) return;
   float loss_scale = *in.loss_scale, acc[kGroup], old[kGroup];
-  in.load(group * kGroup, count, loss_scale, acc, old);
-  encode_group(in, codec, group, count, acc, codec.scale(group), divide(1.0f, loss_scale));
+  const bool together = whole_warp(in.n, group * kGroup);
+  in.load(group * kGroup, count, loss_scale, acc, old, together);
+  encode_group(in, codec, group, count, acc, codec.scale(group), divide(1.0f, loss_scale), together);
 }
 
 template <class T, class Codec> __global__ void __launch_bounds__(kThreads) decode_shared(T* out, bool aligned, float weight, int64_t n, Codec codec) {

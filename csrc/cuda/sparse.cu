@@ -1,30 +1,34 @@
 // Adding up lists of the largest values, as topk.cu writes them.
 //
-// Decode: a block owns neighbouring units of 8192 elements of out, and of a unit each warp 1024, a part, whose sums it keeps
-// in shared memory. Once per tile the block looks through the tile's lists for where the parts begin; a warp then reads its
-// part of each list and no more, meets no other, and writes the sums out once. Bytes per value: 4 written, and 6 k / n of
-// each row read. The index is read once more by every block that has units of the tile, mostly from the cache.
-// Adding to the residual: a block owns tiles of 65536 elements; 6 bytes per entry, and the sectors that it touches.
+// Decode: a block owns a unit of 8192 elements of out. It searches each row's list of the tile for the part that is its own, adds
+// the rows in their order to sums in shared memory, and writes these out once. Bytes per value: 4 written, and 6 k / n of each
+// row read. Adding to the residual: a block owns tiles of 65536 elements; 6 bytes per entry, and the sectors that it touches.
 //
-// There are no float atomics: the entries of a row that are in ascending order touch different elements and are added at
-// once. A hostile row may be in any order; of its list every warp then reads all, and adds one entry after the other, so
-// that the sum has the bits of the reference.
+// There are no float atomics: the entries of a list that rises are of different elements, and are added at once. Of the lists of
+// its tile every block looks through a share for whether they rise. A hostile one may not: a second kernel, which else ends
+// at once, then does all of it again, one entry after the other, so that the sum has the bits of the reference.
+#include <atomic>
+
 #include "lists.h"
 
 namespace commopt::cuda {
 namespace {
 
+using u64 = unsigned long long;
+
 constexpr int kWarps = kThreads / 32;
-constexpr int kPart = (int)kBlock;
+constexpr int kPart = (int)kBlock;  // of a unit, that is a warp's where entries are added in turn
 constexpr int kUnit = kWarps * kPart;
-constexpr int kParts = (int)kTile / kPart;  // of a tile
-constexpr int kUnitsOfTile = kParts / kWarps;
-constexpr int kEach = 4;     // entries of a thread at once, when adding to the residual
+constexpr int kUnitsOfTile = (int)kTile / kUnit;
+constexpr int kRows = 32;  // rows of which a block knows the lists at once
+constexpr int kAhead = 8;  // rows whose entries are read at once
+constexpr int kEach = 4;   // entries of a thread at once, when adding to the residual
 constexpr int kChunk = kEach * kThreads;
-constexpr int kRows = 32;    // rows of which a block knows the lists at once
-constexpr int kAhead = 8;    // lists of a part under way to a warp
-constexpr int kPiece = 256;  // of a list, that a warp looks through at once
-constexpr int kMostBlocks = 2048;
+constexpr int kMostBlocks = 1024;
+constexpr int kCalls = 4096;  // that can be under way at a time
+
+// The number of a call with a list that does not rise, at that number modulo kCalls.
+__device__ u64 suspects[kCalls];
 
 struct Range {  // of entries
   int64_t begin, end;
@@ -49,91 +53,99 @@ __device__ Range range_of(const int64_t* starts, int64_t k, int tiles, int from,
   return {most, max(most, min(end, k))};
 }
 
-// What a block knows of the lists of one tile.
-struct Lists {
-  Range range[kRows];
-  int64_t reached[kRows];
-  bool rise;                          // all of them, from each entry to the next
-  uint16_t first[kRows][kParts + 1];  // if they do: the entries before each part, and all, of which the lowest bits suffice
-};
-
-// Where the lists of a tile are. A warp owns rows.
-__device__ void find_ranges(Lists& lists, const TopkDecodeSum& op, int batch, int rows, int tiles, int tile, bool goes_on) {
-  for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
-    int64_t most = goes_on ? lists.reached[r] : 0;  // from the tile before
-    Range range = range_of(row_of(op.starts, batch + r, op.place_stride), op.k, tiles, goes_on ? tile : 0, tile, most);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) lists.range[r] = range, lists.reached[r] = most;
-  }
-  if (threadIdx.x == 0) lists.rise = true;
+// The entries of a tile if its start and the next are those of a list, else none, and `rises` becomes false.
+__device__ __forceinline__ Range list_of(const TopkDecodeSum& op, int64_t row, int64_t tile, int64_t tiles, bool& rises) {
+  const int64_t* starts = row_of(op.starts, row, op.place_stride);
+  int64_t begin = starts[tile], end = tile + 1 < tiles ? starts[tile + 1] : op.k;
+  bool is = 0 <= begin && begin <= end && end <= op.k && end - begin <= kTile;
+  rises = rises && is;
+  return is ? Range{begin, end} : Range{0, 0};
 }
 
-// Looks through a piece of a list, kPiece entries from `from` on: whether they rise, and where parts begin. What lies beyond
-// the last entry is the start of the parts that have none, and of what follows the parts. A warp works together.
-__device__ __forceinline__ void look_through(const uint16_t* index, int64_t count, int64_t from, uint16_t* first, bool& rise) {
-  int lane = threadIdx.x % 32, at[kPiece / 32], last = from ? index[from - 1] : -1;
+// How many of a list's entries are below `from`, and how many below `to`. A warp works together: each step leaves a 33rd.
+__device__ __forceinline__ Range part_of(const uint16_t* index, int count, int from, int to) {
+  int lane = threadIdx.x % 32, low[2] = {0, 0}, high[2] = {count, count};
+  const int target[2] = {from, to};
+  while (max(high[0] - low[0], high[1] - low[1]) > 0) {
+    int at[2];
+    bool below[2];
 #pragma unroll
-  for (int u = 0; u < kPiece / 32; ++u) {
-    int64_t entry = from + u * 32 + lane;
-    at[u] = entry < count ? index[entry] : (int)kTile;
-  }
+    for (int i = 0; i < 2; ++i) {
+      int width = high[i] - low[i];
+      at[i] = width > 32 ? low[i] + (int)((int64_t)(lane + 1) * width / 33) : low[i] + lane;
+      below[i] = at[i] < high[i] && index[at[i]] < target[i];
+    }
 #pragma unroll
-  for (int u = 0; u < kPiece / 32; ++u) {
-    int64_t entry = from + u * 32 + lane;
-    int before = __shfl_up_sync(kAll, at[u], 1);
-    if (lane == 0) before = last;
-    last = __shfl_sync(kAll, at[u], 31);
-    if (entry > count) continue;
-    if (before >= at[u]) rise = false;
-    #pragma unroll 1
-    for (int s = (before + kPart) / kPart; s <= at[u] / kPart; ++s) first[s] = (uint16_t)entry;
+    for (int i = 0; i < 2; ++i) {
+      int width = high[i] - low[i], passed = __popc(__ballot_sync(kAll, below[i]));
+      auto pivot = [&](int p) { return width > 32 ? low[i] + (int)((int64_t)(p + 1) * width / 33) : low[i] + p; };
+      int up_to = passed < 32 && pivot(passed) < high[i] ? pivot(passed) : high[i];
+      low[i] = passed ? pivot(passed - 1) + 1 : low[i];
+      high[i] = width > 32 ? max(up_to, low[i]) : low[i];
+    }
   }
+  return {low[0], low[1]};
 }
 
-// The warps take turns at pieces of the lists.
-__device__ void find_parts(Lists& lists, const TopkDecodeSum& op, int batch, int rows) {
-  unsigned piece = 0;
-  for (int r = 0; r < rows; ++r) {
-    int64_t count = lists.range[r].end - lists.range[r].begin;
-    const uint16_t* index = row_of(op.index, batch + r, op.place_stride) + lists.range[r].begin;
-    for (int64_t from = 0; from <= count; from += kPiece)
-      if (piece++ % kWarps == threadIdx.x / 32) look_through(index, count, from, lists.first[r], lists.rise);
+template <class T> __global__ void __launch_bounds__(kThreads, 4) decode(T* out, bool out_aligned, TopkDecodeSum op, u64 call) {
+  alignas(16) __shared__ float sum[kUnit];
+  __shared__ Range lists[kRows], parts[kRows];
+  int64_t unit = blockIdx.x, tile = unit / kUnitsOfTile, tiles = (op.out.n + kTile - 1) / kTile, begin = unit * kUnit;
+  int share = (int)(unit % kUnitsOfTile), base = share * kUnit, size = (int)min((int64_t)kUnit, op.out.n - begin);
+  int shares = (int)min((int64_t)kUnitsOfTile, gridDim.x - tile * kUnitsOfTile);
+  bool rises = true;
+#pragma unroll
+  for (int i = 0; i < kUnit / 4 / kThreads; ++i) quads(sum)[i * kThreads + threadIdx.x] = {};
+  for (int64_t batch = 0; batch < op.out.rows; batch += kRows) {
+    int rows = (int)min((int64_t)kRows, op.out.rows - batch);
+    if (batch) __syncthreads();
+    for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
+      Range list = list_of(op, batch + r, tile, tiles, rises);
+      Range part = part_of(row_of(op.index, batch + r, op.place_stride) + list.begin, (int)(list.end - list.begin), base, base + kUnit);
+      if (threadIdx.x % 32 == 0) lists[r] = list, parts[r] = {list.begin + part.begin, list.begin + part.end};
+    }
+    __syncthreads();
+    for (int first = 0; first < rows; first += kAhead) {
+      int at[kAhead];
+      float value[kAhead];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        at[a] = -1, value[a] = 0.0f;
+        if (first + a >= rows) continue;
+        const Range part = parts[first + a];
+        int64_t entry = part.begin + threadIdx.x;
+        if (entry < part.end) at[a] = row_of(op.index, batch + first + a, op.place_stride)[entry] - base, value[a] = row_of(op.values, batch + first + a, op.out.stride)[entry];
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (first + a >= rows) break;
+        auto enter = [&](int i, float v) {
+          if ((unsigned)i < (unsigned)size) sum[i] = add(sum[i], v);
+        };
+        enter(at[a], value[a]);
+        const Range part = parts[first + a];
+        const uint16_t* index = row_of(op.index, batch + first + a, op.place_stride);
+        const float* values = row_of(op.values, batch + first + a, op.out.stride);
+#pragma unroll 4
+        for (int64_t entry = part.begin + kThreads + threadIdx.x; entry < part.end; entry += kThreads) enter(index[entry] - base, values[entry]);
+        __syncthreads();
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      const uint16_t* index = row_of(op.index, batch + r, op.place_stride);
+      int64_t from = lists[r].begin, count = lists[r].end - from;
+#pragma unroll 2
+      for (int64_t entry = from + count * share / shares + threadIdx.x; entry < from + count * (share + 1) / shares; entry += kThreads)
+        if (entry > from && index[entry - 1] >= index[entry]) rises = false;
+    }
   }
-}
-
-struct Entries {  // of a part, in one row
-  const uint16_t* index;
-  const float* values;
-  int count;
-};
-
-__device__ __forceinline__ int count_of(const Lists& lists, int r, int part) { return (lists.first[r][part + 1] - lists.first[r][part]) & 0xffff; }
-
-__device__ __forceinline__ Entries entries_of(const Lists& lists, const TopkDecodeSum& op, int batch, int r, int part) {
-  int64_t begin = lists.range[r].begin + lists.first[r][part];
-  return {row_of(op.index, batch + r, op.place_stride) + begin, row_of(op.values, batch + r, op.out.stride) + begin, count_of(lists, r, part)};
-}
-
-// Adds the entries of a part of lists that rise. A warp works together.
-__device__ __forceinline__ void add_part(float* sum, int width, const Lists& lists, const TopkDecodeSum& op, int batch, int rows, int part) {
-  int lane = threadIdx.x % 32;
-  auto add_one = [&](int at, float value) {
-    at -= part * kPart;
-    if (at >= 0 && at < width) sum[at] = add(sum[at], value);
-  };
-  bool all_short = !__ballot_sync(kAll, lane < rows && count_of(lists, min(lane, rows - 1), part) > 32);
-  if (all_short)
-    add_short_lists<kAhead>(
-        rows,
-        [&](int r, int& at, float& value) {
-          Entries from = entries_of(lists, op, batch, r, part);
-          if (lane < from.count) at = from.index[lane], value = from.values[lane];
-        },
-        add_one);
-  else
-    add_lists<4>(
-        rows, [&](int r) { return entries_of(lists, op, batch, r, part); },
-        [&](const Entries&, int at, float value, bool) { add_one(at, value); });
+  if (!rises) suspects[call % kCalls] = call;
+  for (int i = threadIdx.x * kGroup; i < size; i += kThreads * kGroup) {
+    T result[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) narrow(result[j], mul(sum[i + j], op.out.weight));
+    store8(out + begin + i, out_aligned, min(kGroup, size - i), result, whole_warp(size, i));
+  }
 }
 
 // Adds those entries of a part that the list of its tile holds, in whatever order, one after the other. A warp works together.
@@ -151,36 +163,22 @@ __device__ void add_in_turn(float* sum, int part, int width, const uint16_t* ind
   }
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads, 3) decode(T* out, bool out_aligned, TopkDecodeSum op) {
+template <class T> __global__ void __launch_bounds__(kThreads) decode_in_turn(T* out, bool out_aligned, TopkDecodeSum op, u64 call) {
   alignas(16) __shared__ float sums[kWarps][kPart];
-  __shared__ Lists lists;
+  if (suspects[call % kCalls] != call) return;
   float* sum = sums[threadIdx.x / 32];
-  int rows = (int)op.out.rows, tiles = (int)((op.out.n + kTile - 1) / kTile), known = -1;
-  int64_t units = (op.out.n + kUnit - 1) / kUnit;
-  int unit = (int)(units * blockIdx.x / gridDim.x), last = (int)(units * (blockIdx.x + 1) / gridDim.x);
-  for (; unit < last; ++unit) {
-    int tile = unit / kUnitsOfTile, part = unit % kUnitsOfTile * kWarps + (int)threadIdx.x / 32;
-    int64_t begin = tile * kTile + part * kPart;
-    int width = (int)max((int64_t)0, min((int64_t)kPart, op.out.n - begin));
+  int tiles = (int)((op.out.n + kTile - 1) / kTile);
+  for (int64_t begin = ((int64_t)blockIdx.x * kWarps + threadIdx.x / 32) * kPart; begin < op.out.n; begin += (int64_t)gridDim.x * kUnit) {
+    int tile = (int)(begin / kTile), width = (int)min((int64_t)kPart, op.out.n - begin);
     clear(sum);
-    for (int batch = 0; batch < rows; batch += kRows) {
-      int here = min(kRows, rows - batch);
-      if (tile != known || rows > kRows) {
-        __syncthreads();
-        find_ranges(lists, op, batch, here, tiles, tile, known >= 0 && rows <= kRows);
-        __syncthreads();
-        find_parts(lists, op, batch, here);
-        __syncthreads();
-        known = tile;
-      }
-      if (lists.rise)
-        add_part(sum, width, lists, op, batch, here, part);
-      else
-        for (int r = 0; r < here; ++r)
-          add_in_turn(sum, part, width, row_of(op.index, batch + r, op.place_stride), row_of(op.values, batch + r, op.out.stride), lists.range[r]);
-      __syncwarp();
+    for (int64_t row = 0; row < op.out.rows; ++row) {
+      int64_t reached = 0;
+      Range range = range_of(row_of(op.starts, row, op.place_stride), op.k, tiles, 0, tile, reached);
+      add_in_turn(sum, (int)(begin % kTile) / kPart, width, row_of(op.index, row, op.place_stride), row_of(op.values, row, op.out.stride), range);
     }
+    __syncwarp();
     write(out, out_aligned, Lines{begin, kLine, width}, op.out.weight, sum);
+    __syncwarp();
   }
 }
 
@@ -233,10 +231,15 @@ int64_t at_most(int64_t blocks) { return blocks < kMostBlocks ? blocks : kMostBl
 }  // namespace
 
 void run(const TopkDecodeSum& op, cudaStream_t stream) {
+  static std::atomic<u64> calls{0};
   if (op.out.n == 0) return;
+  const u64 call = ++calls;
+  const int64_t units = ceil_div(op.out.n, kUnit);
   with_type(op.out.dtype, [&](auto type) {
     using T = decltype(type);
-    LAUNCH(decode<T>, at_most(ceil_div(op.out.n, kUnit)), kThreads, stream, static_cast<T*>(op.out.out), aligned16(op.out.out), op);
+    T* out = static_cast<T*>(op.out.out);
+    LAUNCH(decode<T>, units, kThreads, stream, out, aligned16(op.out.out), op, call);
+    LAUNCH(decode_in_turn<T>, at_most(units), kThreads, stream, out, aligned16(op.out.out), op, call);
   });
   check("topk_decode_sum");
 }

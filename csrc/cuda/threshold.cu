@@ -74,13 +74,13 @@ template <class T> __device__ uint32_t first_threshold(const Task<T>& task) {
 
 template <class T> __global__ void __launch_bounds__(kThreads) begin(Task<T> task) {
   Control& c = *task.w.control;
-  for (int64_t tile = threadIdx.x; tile < task.w.list.tiles; tile += kThreads) task.w.sums.clear(tile);
+  for (int64_t group = threadIdx.x; group * 32 < task.w.list.tiles; group += kThreads) task.w.sums.clear(group * 32);
   uint32_t threshold = task.control[0] ? (uint32_t)task.control[0] : first_threshold(task);
   if (threadIdx.x < kThresholdBins) c.counts[threadIdx.x] = 0;
   if (threadIdx.x == 0) c.pool = {}, c.threshold = threshold, c.bad = 0;
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads, 5) select(Task<T> task) {
+template <class T> __global__ void __launch_bounds__(kThreads, 4) select(Task<T> task) {
   __shared__ uint32_t bins[kThresholdBins];
   Control& c = *task.w.control;
   if (threadIdx.x < kThresholdBins) bins[threadIdx.x] = 0;
@@ -95,7 +95,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, 5) select(Task<T>
         if (reaches && key >= kNonFinite) c.bad = 1;
         return Mark{reaches, reaches && element >= task.first};
       },
-      [&](uint32_t found, uint32_t later) { task.w.sums.add(blockIdx.x, Sums::both(later, found - later)); });
+      [&](uint32_t found, uint32_t later) {
+        u64 numbers = Sums::both(later, found - later);
+        task.w.sums.of_tile[blockIdx.x] = 0;  // `begin` has cleared the others
+        task.w.sums.add(blockIdx.x, numbers);
+        task.w.sums.add_to_super(blockIdx.x / 1024, numbers);
+      });
   if (threadIdx.x < kThresholdBins && bins[threadIdx.x]) atomicAdd(&c.counts[threadIdx.x], (u64)bins[threadIdx.x]);
 }
 
@@ -119,13 +124,13 @@ template <class T> struct Emitter {
 
   __device__ __forceinline__ void chunk(int64_t chunk) const {
     const List& list = task.w.list;
-    int64_t tile = list.tile_of[chunk], lane = threadIdx.x % 32, entry = chunk * kChunk + lane;
-    float acc = list.acc[entry];
-    uint16_t at = list.at[entry];
+    int64_t tile = __ldg(&list.tile_of[chunk]), lane = threadIdx.x % 32, entry = chunk * kChunk + lane;
+    float acc = __ldg(&list.acc[entry]);
+    uint16_t at = __ldg(&list.at[entry]);
     Pair earlier_tiles = before(task.w.sums, tile);
     if (at == kNone) return;
-    int64_t element = tile * kSpan + at, place = (chunk - list.first[tile]) * kChunk + lane;
-    int64_t rank = element >= task.first ? (int64_t)earlier_tiles.first + place - (int64_t)(task.w.sums.of_tile[tile] >> 32) : (int64_t)earlier_tiles.second + place;
+    int64_t element = tile * kSpan + at, place = (chunk - __ldg(&list.first[tile])) * kChunk + lane;
+    int64_t rank = element >= task.first ? (int64_t)earlier_tiles.first + place - (int64_t)(__ldg(&task.w.sums.of_tile[tile]) >> 32) : (int64_t)earlier_tiles.second + place;
     bool gone = (*this)(element, acc, rank);
     if (task.in.residual && !gone && magnitude(acc) < kNonFinite) task.in.residual[element] = mul(acc, inverse);  // which select has cleared
   }
@@ -146,7 +151,7 @@ template <class T> struct Emitter {
   }
 };
 
-template <class T> __global__ void __launch_bounds__(kThreads) emit(Task<T> task) {
+template <class T> __global__ void __launch_bounds__(kThreads, 4) emit(Task<T> task) {
   const Workspace& w = task.w;
   const Control& c = *w.control;
   float scale = *task.in.loss_scale;

@@ -79,7 +79,7 @@ template <class T> struct Task {
   }
 };
 
-template <class T> __global__ void __launch_bounds__(kThreads, 5) select(Task<T> task) {
+template <class T> __global__ void __launch_bounds__(kThreads, 4) select(Task<T> task) {
   const Workspace& w = task.w;
   Found& found = w.control->found;
   if (threadIdx.x == 0) w.sums.clear(blockIdx.x);
@@ -188,17 +188,27 @@ template <class T> __global__ void __launch_bounds__(kThreads) count(Task<T> tas
   uint32_t kth = choice_after(task, 2).prefix;
   Found found = w.control->found;
   if (blockIdx.x == 0 && threadIdx.x == 0) w.control->then = found;
-  bool leader = threadIdx.x % 32 == 0;
+  __shared__ u64 of_super;  // of the first chunk, and most likely of all
+  const bool leader = threadIdx.x % 32 == 0, recover = found.reached < task.k;
+  const Chunks own(w.list, found.pool, recover);
+  const int64_t super = own.begin < own.end ? w.list.tile_of[own.begin] / 1024 : 0;
+  if (threadIdx.x == 0) of_super = 0;
+  __syncthreads();
+  auto add_up = [&](int64_t tile, u64 numbers) {
+    w.sums.add(tile, numbers);
+    if (tile / 1024 == super) atomicAdd(&of_super, numbers);
+    else w.sums.add_to_super(tile / 1024, numbers);
+  };
   each_piece(
-      w.list, found.pool, found.reached < task.k,
+      w.list, found.pool, recover,
       [&](int64_t chunk) {
         int64_t entry = chunk * kChunk + threadIdx.x % 32;
-        uint32_t key = magnitude(w.list.acc[entry]);
-        bool is = w.list.at[entry] != kNone;
+        uint32_t key = magnitude(__ldg(&w.list.acc[entry]));
+        bool is = __ldg(&w.list.at[entry]) != kNone;
         u64 above = __popc(__ballot_sync(kAll, is && key > kth)), equal = __popc(__ballot_sync(kAll, is && key == kth));
         if (!leader) return;
         w.of_chunk[chunk] = (uint16_t)(above | equal << 8);
-        w.sums.add(w.list.tile_of[chunk], Sums::both(above, equal));
+        add_up(w.list.tile_of[chunk], Sums::both(above, equal));
       },
       [&](int64_t tile) {
         u64 above = 0, equal = 0;
@@ -207,8 +217,10 @@ template <class T> __global__ void __launch_bounds__(kThreads) count(Task<T> tas
           equal += is && magnitude(acc) == kth;
         });
         above = sum_of_warp(above), equal = sum_of_warp(equal);
-        if (leader) w.sums.add(tile, Sums::both(above, equal));
+        if (leader) add_up(tile, Sums::both(above, equal));
       });
+  __syncthreads();
+  if (threadIdx.x == 0) w.sums.add_to_super(super, of_super);
 }
 
 // The threshold for the next call: below this call's k-th magnitude by a margin that follows how fast it has been falling.
@@ -250,12 +262,13 @@ template <class T> struct Emitter {
 
 // The same of the chunks of its tile that come before a chunk. A warp works together.
 __device__ __forceinline__ Pair before_in_tile(const Workspace& w, int64_t tile, int64_t chunk) {
-  Pair p = {0, 0};
-  for (int64_t c = w.list.first[tile] + threadIdx.x % 32; c < chunk; c += 32) p.first += w.of_chunk[c] & 0xff, p.second += w.of_chunk[c] >> 8;
-  return {sum_of_warp(p.first), sum_of_warp(p.second)};
+  uint32_t sum = 0;  // at most 4096 each
+  for (int64_t c = __ldg(&w.list.first[tile]) + threadIdx.x % 32; c < chunk; c += 32) sum += (__ldg(&w.of_chunk[c]) & 0xff) | __ldg(&w.of_chunk[c]) >> 8 << 16;
+  sum = __reduce_add_sync(kAll, sum);
+  return {sum & 0xffff, sum >> 16};
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads) emit(Task<T> task) {
+template <class T> __global__ void __launch_bounds__(kThreads, 4) emit(Task<T> task) {
   __shared__ uint32_t listed[kWarps][kSteps];
   const Workspace& w = task.w;
   Choice choice = w.control->choice[2];
@@ -266,9 +279,9 @@ template <class T> __global__ void __launch_bounds__(kThreads) emit(Task<T> task
   each_piece(
       w.list, found.pool, recover,
       [&](int64_t chunk) {
-        int64_t tile = w.list.tile_of[chunk], entry = chunk * kChunk + threadIdx.x % 32;
-        float acc = w.list.acc[entry];
-        int at = w.list.at[entry];
+        int64_t tile = __ldg(&w.list.tile_of[chunk]), entry = chunk * kChunk + threadIdx.x % 32;
+        float acc = __ldg(&w.list.acc[entry]);
+        int at = __ldg(&w.list.at[entry]);
         Pair earlier = before(w.sums, tile), here = before_in_tile(w, tile, chunk);
         earlier.first += here.first, earlier.second += here.second;
         put(tile, at, acc, at != kNone, true, earlier);
