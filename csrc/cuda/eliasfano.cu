@@ -47,21 +47,25 @@ struct Window {
 
   __device__ __forceinline__ bool holds(int at) const { return (uint32_t)at - begin < bits; }
 
-  // Sets the bit that is at + i + upper(i) for some of eight neighbours, which in an ascending list are mostly in one word.
+  __device__ __forceinline__ void set(int word, uint32_t ones) const {
+    if (ones) atomicOr(words + word, ones);
+  }
+
+  // Sets the bit at + i + upper(i) for some of eight neighbours, most often all in the two words from the first one on.
   template <class Upper> __device__ __forceinline__ void set(int at, int first, int last, Upper upper) const {
-    int word = 0;
-    uint32_t ones = 0;
+    int word = max((int)begin, at + upper(0)) / 32;
+    uint64_t ones = 0;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      int bit = at + i + upper(i);
+      int bit = at + i + upper(i), from_word = bit - word * 32;
       if (i < first || i >= last || !holds(bit)) continue;
-      if (bit / 32 != word) {
-        if (ones) atomicOr(words + word, ones);
-        word = bit / 32, ones = 0;
-      }
-      ones |= 1u << (bit % 32);
+      if ((uint32_t)from_word < 64)
+        ones |= (uint64_t)1 << from_word;
+      else
+        set(bit / 32, 1u << (bit % 32));
     }
-    if (ones) atomicOr(words + word, ones);
+    set(word, (uint32_t)ones);
+    set(word + 1, (uint32_t)(ones >> 32));
   }
 };
 
@@ -69,20 +73,24 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(Pack op) {
   __shared__ uint4 stage[kWindow / 16 + 1];
   int64_t tile = blockIdx.x, start = op.start(tile), next = op.start(tile + 1);
   int shift = 16 - op.bits;
-  // The last byte may have room for seven entries of the next tiles, one for each of seven threads.
-  int64_t guest = next + threadIdx.x, guest_bit = -1;
-  if (threadIdx.x < kByte - 1 && guest < op.k) {
-    int64_t of = tile + 1;
 #pragma unroll
-    for (int i = 2; i <= kByte; ++i) of += guest >= op.start(tile + i);  // or one after it, which is too far away as well
-    guest_bit = (of << shift) + (op.index.base[op.index.begin + guest] >> op.bits) + guest;
+  for (int cell = threadIdx.x; cell < kWindow / 16 + 1; cell += kPackThreads) stage[cell] = uint4{0, 0, 0, 0};
+  __syncthreads();
+  // The last byte may have room for seven entries of the next tiles, one for each of seven threads that have least to do.
+  int64_t guest = next + threadIdx.x - (kPackThreads - (kByte - 1)), guest_bit = -1;
+  if (threadIdx.x >= kPackThreads - (kByte - 1) && guest < op.k) {
+    int64_t upper = op.index.base[op.index.begin + guest] >> op.bits, of = tile + 1;
+    // Or a tile after it, which is too far away as well.
+    of += guest >= op.start(tile + 2);
+    if (shift < 3)  // else the second tile is too far away
+#pragma unroll
+      for (int i = 3; i <= kByte; ++i) of += guest >= op.start(tile + i);
+    guest_bit = (of << shift) + upper + guest;
   }
   int64_t end = op.byte_after(tile + 1, next);
   for (int64_t byte = op.byte_after(tile, start); byte < end; byte += kWindow) {
     int bytes = (int)min(end - byte, (int64_t)kWindow);
     Cells<uint8_t> cells(op.high + byte, bytes);
-    for (int cell = threadIdx.x; cell < cells.count(); cell += kPackThreads) stage[cell] = uint4{0, 0, 0, 0};
-    __syncthreads();
     Window window{reinterpret_cast<uint32_t*>(stage), (uint32_t)cells.begin * 8, (uint32_t)bytes * 8};
     int64_t origin = (byte - cells.begin) * 8 - (tile << shift);  // an entry would be the first bit there, with no zeros of the tile before it
     // The entries of the tile that may be here.
@@ -104,10 +112,13 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(Pack op) {
     }
     if (guest_bit >= byte * 8 && guest_bit < (byte + bytes) * 8) {
       int bit = (int)(guest_bit - (byte - cells.begin) * 8);
-      atomicOr(window.words + bit / 32, 1u << (bit % 32));
+      window.set(bit / 32, 1u << (bit % 32));
     }
     __syncthreads();
-    for (int cell = threadIdx.x; cell < cells.count(); cell += kPackThreads) cells.store(cell, stage[cell]);
+    for (int cell = threadIdx.x; cell < cells.count(); cell += kPackThreads) {
+      cells.store(cell, stage[cell]);
+      stage[cell] = uint4{0, 0, 0, 0};
+    }
     __syncthreads();
   }
 }
@@ -115,7 +126,7 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(Pack op) {
 // --- unpack ---
 
 constexpr int64_t kMostBlocks = 128;
-constexpr int kDeep = 12;  // cells of the stream that a thread has asked for at once, an even number
+constexpr int kDeep = 16;  // cells of the stream that a thread has asked for at once, an even number
 template <int W> constexpr int kStep = 32 * W * kThreads;  // bits of the stream that a block expands at once
 
 __device__ __forceinline__ uint32_t lowest(int64_t bits) { return bits >= 32 ? ~0u : bits > 0 ? (1u << bits) - 1 : 0u; }
@@ -134,7 +145,7 @@ __device__ __forceinline__ int select(uint32_t v, int r) {
 // The ones in many words: they are added up as numbers of four bits, each in as many words, and one word in eight is counted
 // (Harley and Seal), because a GPU counts a quarter as fast as it adds.
 struct Ones {
-  uint32_t ones = 0, twos = 0, fours = 0, eights = 0;
+  uint32_t ones, twos = 0, fours = 0, eights = 0;
 
   __device__ __forceinline__ static uint32_t carry(uint32_t& sum, uint32_t a, uint32_t b) {
     uint32_t over = (sum & a) | (sum & b) | (a & b);
@@ -152,15 +163,17 @@ struct Ones {
   __device__ __forceinline__ uint32_t total() const { return __popc(ones) + 2 * __popc(twos) + 4 * __popc(fours) + 8 * eights; }
 };
 
-// The ones in the first `cells` cells of the stream, all of which are whole but the very first.
+// The ones in the first `cells` cells of the stream, all of which are whole but the very first, which is read by bytes.
 struct Earlier {
   const Cells<const uint8_t>& high;
   int64_t cells, next;  // the cell from which this thread goes on
   uint4 held[kDeep];
+  uint32_t byte;
 
   __device__ __forceinline__ Earlier(const Cells<const uint8_t>& high, int64_t cells) : high(high), cells(cells), next(1 + threadIdx.x) {
 #pragma unroll
     for (int i = 0; i < kDeep; ++i) held[i] = cell(i);
+    byte = threadIdx.x < 16 && cells > 0 && high.holds(0, threadIdx.x) ? high.base[threadIdx.x] : 0;
   }
   __device__ __forceinline__ uint4 cell(int i) const {
     return next + i * kThreads < cells ? high.whole_at(next + i * kThreads) : uint4{0, 0, 0, 0};
@@ -169,8 +182,7 @@ struct Earlier {
   // The block works together.
   __device__ __forceinline__ int64_t count() {
     __shared__ int64_t of_warp[kWarps];
-    Ones sum;
-    if (threadIdx.x == 0 && cells > 0) sum.add(high.load(0), uint4{0, 0, 0, 0});
+    Ones sum{byte};
     for (int64_t begin = 1; begin < cells; begin += kDeep * kThreads) {
       next += kDeep * kThreads;
 #pragma unroll
