@@ -1,8 +1,8 @@
 // The upper bits of an ascending list in unary: the j-th entry, element p, sets bit (p >> bits) + j of a stream.
 //
 // Pack: a block owns a tile, whose entries and so whose bits of the stream begin where `starts` says, and the bytes in which
-// one of these bits is the first. It makes them in shared memory and writes whole cells, zeros and ones alike. What comes
-// after a load of `starts` and one of the index waits for no other. Bytes: 2 per entry read, and the stream written once.
+// one of these bits is the first. It makes them in shared memory and writes whole cells, zeros and ones alike. Most
+// tiles take one load of `starts` and one of the index, one after the other. Bytes: 2 per entry read, and the stream written once.
 //
 // Unpack: a block owns neighbouring bits of the stream, one or two words a thread, and expands them into shared memory: how
 // many zeros of these bits are before each one. Meanwhile it counts the ones before its bits by itself, with many loads under
@@ -16,12 +16,12 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 4;  // cells of the index that a thread has read before it uses the first
 
 // --- pack ---
 
 constexpr int kPackThreads = 128;
 constexpr int kPackBlocks = 8;  // of a multiprocessor, so that those of 1024 tiles run at the same time
+constexpr int kPackAhead = 3;    // cells of the index that a thread has read before it uses the first
 constexpr int kWindow = 4096;   // bytes that are made at once: enough for most tiles
 constexpr int kByte = 8;
 
@@ -45,27 +45,41 @@ struct Window {
   uint32_t* words;
   uint32_t begin, bits;
 
-  __device__ __forceinline__ bool holds(int at) const { return (uint32_t)at - begin < bits; }
-
+  // Of 64 bits from `at` on, those that are here.
+  __device__ __forceinline__ uint64_t here(int at) const {
+    int below = (int)begin - at, until = (int)(begin + bits) - at;
+    uint64_t not_behind = until >= 64 ? ~(uint64_t)0 : until > 0 ? ((uint64_t)1 << until) - 1 : 0;
+    return below >= 64 ? 0 : below > 0 ? not_behind >> below << below : not_behind;
+  }
   __device__ __forceinline__ void set(int word, uint32_t ones) const {
     if (ones) atomicOr(words + word, ones);
   }
 
-  // Sets the bit at + i + upper(i) for some of eight neighbours, most often all in the two words from the first one on.
+  // Sets the bit at + i + upper(i) for some of eight neighbours: most often all within the two words from the lowest one on.
   template <class Upper> __device__ __forceinline__ void set(int at, int first, int last, Upper upper) const {
-    int word = max((int)begin, at + upper(0)) / 32;
-    uint64_t ones = 0;
+    constexpr int kNowhere = 1 << 30;
+    int bit[kGroup], lowest = kNowhere;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      int bit = at + i + upper(i), from_word = bit - word * 32;
-      if (i < first || i >= last || !holds(bit)) continue;
-      if ((uint32_t)from_word < 64)
-        ones |= (uint64_t)1 << from_word;
-      else
-        set(bit / 32, 1u << (bit % 32));
+      bit[i] = i >= first && i < last ? at + i + upper(i) : kNowhere;
+      lowest = min(lowest, bit[i]);
     }
+    int word = lowest >> 5;
+    uint64_t ones = 0;
+    bool far = false;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      int from_word = bit[i] - word * 32;
+      ones |= from_word < 64 ? (uint64_t)1 << from_word : 0;
+      far = far || (from_word >= 64 && bit[i] < kNowhere);
+    }
+    ones &= here(word * 32);
     set(word, (uint32_t)ones);
     set(word + 1, (uint32_t)(ones >> 32));
+    if (!far) return;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i)
+      if (bit[i] - word * 32 >= 64 && (uint32_t)bit[i] - begin < bits) set(bit[i] >> 5, 1u << (bit[i] & 31));
   }
 };
 
@@ -74,7 +88,8 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(Pack op) {
   int64_t tile = blockIdx.x, start = op.start(tile), next = op.start(tile + 1);
   int shift = 16 - op.bits;
 #pragma unroll
-  for (int cell = threadIdx.x; cell < kWindow / 16 + 1; cell += kPackThreads) stage[cell] = uint4{0, 0, 0, 0};
+  for (int i = 0; i < kWindow / 16 + 1; i += kPackThreads)
+    if (i + threadIdx.x < kWindow / 16 + 1) stage[i + threadIdx.x] = uint4{0, 0, 0, 0};
   __syncthreads();
   // The last byte may have room for seven entries of the next tiles, one for each of seven threads that have least to do.
   int64_t guest = next + threadIdx.x - (kPackThreads - (kByte - 1)), guest_bit = -1;
@@ -95,19 +110,19 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(Pack op) {
     int64_t origin = (byte - cells.begin) * 8 - (tile << shift);  // an entry would be the first bit there, with no zeros of the tile before it
     // The entries of the tile that may be here.
     int64_t first = max(start, origin - (1 << shift)), last = min(next, origin + cells.end * 8);
-    int64_t last_cell = first < last ? (op.index.begin + last + 7) / 8 : 0;
-    for (int64_t begin = (op.index.begin + first) / 8 + threadIdx.x; begin < last_cell; begin += kAhead * kPackThreads) {
-      uint4 v[kAhead];
+    int64_t first_cell = (op.index.begin + first) / 8, entry = first_cell * 8 - op.index.begin;  // the first of that cell
+    int at = (int)(entry - origin), skipped = (int)(first - entry), until = (int)max(last - entry, (int64_t)0);
+    for (int begin = threadIdx.x; begin * 8 < until; begin += kPackAhead * kPackThreads) {
+      uint4 v[kPackAhead];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (begin + j * kPackThreads < last_cell) v[j] = op.index.load(begin + j * kPackThreads);
+      for (int j = 0; j < kPackAhead; ++j)
+        if ((begin + j * kPackThreads) * 8 < until) v[j] = op.index.load(first_cell + begin + j * kPackThreads);
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        int64_t cell = begin + j * kPackThreads, entry = cell * 8 - op.index.begin;
-        if (cell >= last_cell) break;
+      for (int j = 0; j < kPackAhead; ++j) {
+        int ahead = (begin + j * kPackThreads) * 8;
+        if (ahead >= until) break;
         uint32_t word[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
-        window.set((int)(entry - origin), (int)max(first - entry, (int64_t)0), (int)min(last - entry, (int64_t)8),
-                   [&](int i) { return (int)((word[i / 2] >> (i % 2 * 16) & 0xffff) >> op.bits); });
+        window.set(at + ahead, skipped - ahead, until - ahead, [&](int i) { return (int)((word[i / 2] >> (i % 2 * 16) & 0xffff) >> op.bits); });
       }
     }
     if (guest_bit >= byte * 8 && guest_bit < (byte + bytes) * 8) {
@@ -126,6 +141,7 @@ __global__ void __launch_bounds__(kPackThreads, kPackBlocks) pack(Pack op) {
 // --- unpack ---
 
 constexpr int64_t kMostBlocks = 128;
+constexpr int kAhead = 4;  // cells of the index that a thread has read before it uses the first
 constexpr int kDeep = 16;  // cells of the stream that a thread has asked for at once, an even number
 template <int W> constexpr int kStep = 32 * W * kThreads;  // bits of the stream that a block expands at once
 
