@@ -202,7 +202,7 @@ def ascending(n: int, k: int, how: str) -> torch.Tensor:
     return torch.randperm(n)[:k].sort().values.where(torch.arange(k) < k // 2, torch.tensor(n - 1))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 6, 11, 16])
+@pytest.mark.parametrize("bits", [1, 2, 6, 11, 14, 16])
 @pytest.mark.parametrize("n, k", [(1, 1), (65_536, 700), (65_537, 65_537), (300_001, 3000), (2_000_003, 9), (5_000_000, 40), (1_000_000, 40_000)])
 def test_an_ascending_list(kernels, n, k, bits):
     for seed, how in enumerate(("spread", "clusters", "repeats")):
