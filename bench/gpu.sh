@@ -58,7 +58,7 @@ part "What is built" 30 "$python" -m commopt info
 
 # What is not timed runs side by side.
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n $(($(nproc) - 2))")
-part "Bits of the reference, and trainings over NCCL and gloo" 180 env OMP_NUM_THREADS=1 "$python" -m pytest -q $workers tests/test_on_gpu.py &
+part "Bits of the reference, and trainings over NCCL and gloo" 180 env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:benchmark $workers tests/test_on_gpu.py &
 for tool in memcheck racecheck; do
     part "compute-sanitizer, $tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 0 "$python" tests/on_gpu_small.py &
 done
@@ -68,6 +68,6 @@ part "Kernels" 90 "$python" -m commopt bench kernels --device cuda --backends cu
 part "Kernels of small and of large gradients" 60 "$python" -m commopt bench kernels --device cuda --n 6500000,536870912 --dtype float32,bfloat16 --turns 5 --no-torch \
     --spec int8:ef=true,int4,topk:ratio=0.01 --json "$results/$gpu-kernels-sizes.json"
 part "torch.compile" 60 "$python" -m commopt bench kernels --device cuda --n 67108864 --turns 5 --spec int8:ef=true,int4 --what encode --json "$results/$gpu-kernels-compile.json"
-part "The hook" 60 "$python" -m commopt bench hook --device cuda --json "$results/$gpu-hook.json"
+part "The hook" 60 "$python" -m commopt bench hook --device cuda --profile --json "$results/$gpu-hook.json"
 echo "$((SECONDS - began)) s in all, $([ -e "$parts/failed" ] && echo "with failures" || echo "every part passed")" | tee -a "$page"
 [ ! -e "$parts/failed" ]

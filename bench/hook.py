@@ -12,10 +12,14 @@ medians over the turns.
     backward  ms of a backward; of a GPU its own time
     slower    backward / the same under no_sync: one rank sends nothing, so that this is encoding, decoding and their getting in the way
     waits     whether the host waited for the GPU, in a backward of the steady state
+    own       with --profile, µs for a bucket in a function itself, of the functions where the host's time goes, and their calls;
+              watching them makes them slower
 
 """
 
 import argparse
+import cProfile
+import pstats
 import statistics
 import time
 import warnings
@@ -35,6 +39,7 @@ from .steps import cell, kernels_in_use
 
 NO_SYNC = "no_sync"
 WARMUP = 20
+FUNCTIONS = 16  # of a profile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4096, help="rows: how long a backward takes")
     parser.add_argument("--rounds", type=int, default=30, help="turns of every candidate")
+    parser.add_argument("--profile", action="store_true", help="say where the host's time goes")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for everything")
 
 
@@ -56,7 +62,7 @@ def main(args: argparse.Namespace) -> tuple[dict, str]:
         raise ValueError("--device cuda: torch sees no GPU here")
     if min(args.width, args.layers, args.batch, args.rounds) < 1:
         raise ValueError(f"sizes must be 1 or more, got --width {args.width} --layers {args.layers} --batch {args.batch} --rounds {args.rounds}")
-    settings = {key: getattr(args, key) for key in ("device", "width", "layers", "batch", "rounds")} | {"specs": [NO_SYNC, *dict.fromkeys(specs)]}
+    settings = {key: getattr(args, key) for key in ("device", "width", "layers", "batch", "rounds", "profile")} | {"specs": [NO_SYNC, *dict.fromkeys(specs)]}
     result = launch.run("commopt.bench.hook", settings, 1, timeout=args.timeout)
     return result, table(result)
 
@@ -71,22 +77,27 @@ def table(result: dict) -> str:
                      + f"{row['backward_ms']:>13.2f}{row['slower']:>8.3f}{waits:>7}")
     lines.append(f"{what['layers']} buckets of {what['width'] ** 2 / 1e6:.1f}M float32, batch {what['batch']}, {what['rounds']} rounds, on {what['machine']}, kernels {what['kernels']}, "
                  f"torch {what['torch']}, commopt {what['commopt']}")
+    for row in rows:
+        if row["functions"]:
+            lines += ["", f"{row['spec']:{width}}{'own µs':>9}{'calls':>10}"]
+            lines += [f"{'':{width}}{f['own_us']:>9.1f}{f['calls']:>10.1f}  {f['name']}" for f in row["functions"]]
     return "\n".join(lines)
 
 
 @dataclass
 class Candidate:
-    """One row. host: seconds in the hook, of each bucket. backward: of each turn."""
+    """One row. host: seconds in the hook, of each bucket. backward: of each turn. profile: of the hook, while there is one."""
 
     spec: str
     ddp: DistributedDataParallel
     handle: commopt.State | None
     host: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
+    profile: cProfile.Profile | None = None
 
     def timed_hook(self, state: commopt.State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         begin = time.perf_counter()
-        future = commopt.hook(state, bucket)
+        future = self.profile.runcall(commopt.hook, state, bucket) if self.profile else commopt.hook(state, bucket)
         self.host.append(time.perf_counter() - begin)
         return future
 
@@ -144,6 +155,17 @@ def launched(c: Candidate, x: torch.Tensor) -> tuple[int, float]:
     return len(events), 1e-6 * sum(event.device_time for event in events)
 
 
+def functions(c: Candidate, x: torch.Tensor, turns: int) -> list[dict[str, Any]]:
+    """Where the hook spends the host's time, for a bucket: the functions that take most of it themselves."""
+    c.profile, before = cProfile.Profile(), len(c.host)
+    for _ in range(turns):
+        c.run(x)
+    (profile, c.profile), buckets = (c.profile, None), len(c.host) - before
+    found = [{"name": f"{file.split('site-packages/')[-1]}:{line} {name}" if line else name, "own_us": 1e6 * own / buckets, "calls": calls / buckets}
+             for (file, line, name), (_, calls, own, _, _) in pstats.Stats(profile).stats.items()]
+    return sorted(found, key=lambda f: -f["own_us"])[:FUNCTIONS]
+
+
 def waits(c: Candidate, x: torch.Tensor) -> bool:
     """Whether the host waited for the GPU in a backward."""
     c.ddp.zero_grad()
@@ -188,7 +210,8 @@ def serve(settings: dict[str, Any]) -> None:
         per_bucket = lambda value, scale: scale * value / settings["layers"] if on_gpu and c.handle else None
         rows.append({"spec": c.spec, "host_us": 1e6 * statistics.median(c.host) if c.host else None, "launches": per_bucket(count - base[0], 1.0),
                      "device_us": per_bucket(seconds - base[1], 1e6), "backward_ms": 1e3 * statistics.median(c.backward),
-                     "slower": statistics.median(c.backward) / plain, "waits": waits(c, x) if on_gpu else None, "times_ms": [1e3 * t for t in c.backward]})
+                     "slower": statistics.median(c.backward) / plain, "waits": waits(c, x) if on_gpu else None,
+                     "functions": functions(c, x, settings["rounds"]) if settings["profile"] and c.handle else [], "times_ms": [1e3 * t for t in c.backward]})
     launch.finish({"what": {key: settings[key] for key in ("device", "width", "layers", "batch", "rounds")} | {
         "machine": torch.cuda.get_device_name() if on_gpu else f"a CPU, {torch.get_num_threads()} threads", "kernels": kernels_in_use(settings["device"]),
         "torch": torch.__version__, "commopt": commopt.__version__}, "rows": rows})

@@ -28,6 +28,16 @@ def test_it_times_every_candidate(tmp_path, capfd):
     assert capfd.readouterr().out.splitlines()[1].split()[:2] == ["no_sync", "-"]
 
 
+def test_it_says_where_the_time_goes(tmp_path, capfd):
+    assert main(["bench", "hook", *TINY, "--spec", "int8", "--profile", "--json", str(tmp_path / "hook.json")]) == 0
+    alone, row = json.loads((tmp_path / "hook.json").read_text())["rows"]
+    own = [f["own_us"] for f in row["functions"]]
+    assert alone["functions"] == [] and len(own) > 5 and own == sorted(own, reverse=True)
+    once = next(f for f in row["functions"] if "traffic.py" in f["name"] and f["name"].endswith(" exchange"))
+    assert once["calls"] == 1.0 and sum(own) > 10
+    assert "exchange" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("argv, words", [(["--spec", "int9"], ["int9", "int4"]), (["--layers", "0"], ["1 or more", "--layers 0"])])
 def test_mistakes_are_named(argv, words, capfd):
     assert main(["bench", "hook", *argv]) == 2
