@@ -30,7 +30,7 @@ def nvcc() -> str | None:
         found = str(default)
     if not found and wanted == "1":
         raise SystemExit("COMMOPT_CUDA=1, but nvcc was not found: put it on PATH or set CUDACXX")
-    return found
+    return os.path.realpath(found) if found else None  # called by a link, nvcc does not find what belongs to it
 
 
 def archs() -> tuple[list[str], list[str]]:
@@ -79,7 +79,10 @@ def write_ninja(path: Path, output: Path) -> None:
     if cuda:
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             compile("cuda", source, shared / f"{source.stem}.cu.o")
-        home = Path(subprocess.run([cuda, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr.split("TOP=")[1].split("\n")[0].strip())
+        said = subprocess.run([cuda, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        if "TOP=" not in said:
+            raise SystemExit(f"{cuda} does not say where its CUDA is (`nvcc -dryrun -c x.cu` has no TOP=): set CUDACXX to the nvcc of a whole CUDA toolkit, or COMMOPT_CUDA=0")
+        home = Path(said.split("TOP=")[1].split("\n")[0].strip())
         include += f" -I{home / 'include'} '-DCOMMOPT_CUDA=\"{';'.join(names)}\"'"
     compile("cxx", ROOT / "csrc/bind.cpp", objects / f"bind{'_cuda' if cuda else ''}.o", include)
     lines.append(f"build {output}: link_{'cuda' if cuda else 'cxx'} {' '.join(map(str, built))}")
