@@ -65,6 +65,7 @@ template <class E, class Scaling> struct Floats {
 };
 
 template <class E, class Scaling> struct Rows {
+  static constexpr int kBlocks = 4;  // left to itself the compiler spills a few registers to have more of them
   const char *codes, *scales, *whole;
   int64_t stride;
   PerBlock block;

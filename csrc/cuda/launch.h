@@ -184,8 +184,12 @@ template <class Rows> __device__ __forceinline__ void sum_rows(const Rows& messa
   }
 }
 
+// Blocks to a multiprocessor that the compiler has to leave registers for, if Rows says so; 0: as it likes.
+template <class Rows, class = void> constexpr int kBlocksOf = 0;
+template <class Rows> constexpr int kBlocksOf<Rows, std::void_t<decltype(Rows::kBlocks)>> = Rows::kBlocks;
+
 // out <- weight * (row 0 + row 1 + ...). A thread owns one group of out.
-template <class T, class Rows> __global__ void __launch_bounds__(kThreads)
+template <class T, class Rows> __global__ void __launch_bounds__(kThreads, kBlocksOf<Rows>)
 decode_sum(T* out, bool out_aligned, float weight, int64_t n, int64_t rows, Rows message) {
   int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x, first = group * kGroup;
   int count = present(n, first);
