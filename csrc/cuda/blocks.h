@@ -10,8 +10,6 @@
 namespace commopt::cuda {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-
 // Block number of a group, where the block is 8 * per_block elements. Most blocks are powers of two.
 struct PerBlock {
   int per_block, shift;  // shift < 0: no power of two
@@ -48,7 +46,7 @@ __device__ __forceinline__ void encode_group(const In& in, const Codec& codec, i
 }
 
 // A CUDA block owns 2048 elements, a thread 8 of them, `lanes` neighbouring threads one block (a power of two, <= 256).
-template <class In, class Codec, class S> __global__ void __launch_bounds__(kThreads, In::kBlocks) encode_blocks(In in, Codec codec, S* scales, int shift) {
+template <class In, class Codec, class S> __global__ void __launch_bounds__(kThreads, kBlocksOf<In>) encode_blocks(In in, Codec codec, S* scales, int shift) {
   __shared__ uint32_t of_warp[kThreads / 32];
   int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   int count = present(in.n, group * kGroup), lanes = 1 << shift;

@@ -162,17 +162,6 @@ __device__ __forceinline__ Kth search(const uint32_t (&key)[kOwn], int k) {
   return {low, k - above};
 }
 
-// The sum of v over the lanes up to this one.
-__device__ __forceinline__ uint32_t sum_upto(uint32_t v) {
-  int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {
-    uint32_t other = __shfl_up_sync(kAll, v, by);
-    if (lane >= by) v += other;
-  }
-  return v;
-}
-
 // Sends the k largest of all elements. Those that there are not are zeros at the end, the last that would be chosen.
 __device__ __forceinline__ void send_largest(const Lines& lines, const Sent& sent, const float* held, int k) {
   uint32_t key[kOwn];

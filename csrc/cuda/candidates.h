@@ -15,8 +15,6 @@ namespace {
 
 using u64 = unsigned long long;
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kWarps = kThreads / 32;
 constexpr int kSpan = 4096;  // elements of a tile of the selection; kTile is a multiple
 constexpr int kChunk = 32;   // entries
 constexpr uint32_t kRaw = 0xffffffffu;
@@ -39,13 +37,9 @@ __device__ __forceinline__ u64 sum_of_warp(u64 v) {
 // The sum of v over the threads before this one, and in `total` over the block.
 __device__ __forceinline__ u64 sum_before(u64 v, u64& total) {
   __shared__ u64 of_warp[kWarps];
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  u64 sum = v;
-  for (int by = 1; by < 32; by *= 2) {
-    u64 other = __shfl_up_sync(kAll, sum, by);
-    if (lane >= by) sum += other;
-  }
-  if (lane == 31) of_warp[warp] = sum;
+  int warp = threadIdx.x / 32;
+  u64 sum = sum_upto(v);
+  if (threadIdx.x % 32 == 31) of_warp[warp] = sum;
   __syncthreads();
   u64 before = sum - v;
   total = 0;

@@ -10,8 +10,6 @@
 namespace commopt::cuda {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMostBlocks = 128;
 constexpr int kAhead = 4;  // cells of the index that a thread has read before it uses the first
 constexpr int kDeep = 16;  // cells of the stream that a thread has asked for at once, an even number
@@ -192,12 +190,7 @@ template <int W> struct Expanded {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ones = 0;
 #pragma unroll
     for (int i = 0; i < W; ++i) ones += __popc(own.word[i]);
-    int sum = ones;
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      int other = __shfl_up_sync(kAll, sum, by);
-      if (lane >= by) sum += other;
-    }
+    int sum = sum_upto(ones);
     if (lane == 31) of_warp[warp] = sum;
     __syncthreads();
     int before = sum - ones;

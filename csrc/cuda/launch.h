@@ -39,13 +39,30 @@ template <class F> void with_type(int dtype, F f) {
 }
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
 constexpr int kGroup = 8;
+constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool aligned16(const void* p, int64_t stride = 0) { return ((reinterpret_cast<uintptr_t>(p) | (uintptr_t)stride) & 15) == 0; }
 inline int64_t group_blocks(int64_t n) { return ceil_div(n, (int64_t)kGroup * kThreads); }
 
 namespace {
+
+// Blocks to a multiprocessor that the compiler has to leave registers for, if what a kernel reads says so; 0: as it likes.
+template <class In, class = void> constexpr int kBlocksOf = 0;
+template <class In> constexpr int kBlocksOf<In, std::void_t<decltype(In::kBlocks)>> = In::kBlocks;
+
+// The sum of v over the lanes up to this one.
+template <class Number> __device__ __forceinline__ Number sum_upto(Number v) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    Number other = __shfl_up_sync(kAll, v, by);
+    if (lane >= by) v += other;
+  }
+  return v;
+}
 
 // The type that moves so many bytes at once.
 template <int BYTES> struct Moved {
@@ -83,7 +100,7 @@ struct Neighbours {
     exchange(a.x, b.x), exchange(a.y, b.y), exchange(a.z, b.z), exchange(a.w, b.w);
   }
   __device__ __forceinline__ void exchange(uint32_t& a, uint32_t& b) const {
-    uint32_t given = __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
+    uint32_t given = __shfl_xor_sync(kAll, odd ? a : b, 1);
     a = odd ? given : a, b = odd ? b : given;
   }
 };
@@ -131,7 +148,6 @@ template <class T> __device__ __forceinline__ void store8(T* p, bool aligned, in
 
 // What an encode reads and updates, as the kernels see it.
 template <class T> struct Gradient {
-  static constexpr int kBlocks = 0;  // of a multiprocessor that the compiler has to leave registers for; 0: as it likes
   const T* x;
   float* residual;
   const float* loss_scale;
@@ -183,10 +199,6 @@ template <class Rows> __device__ __forceinline__ void sum_rows(const Rows& messa
     }
   }
 }
-
-// Blocks to a multiprocessor that the compiler has to leave registers for, if Rows says so; 0: as it likes.
-template <class Rows, class = void> constexpr int kBlocksOf = 0;
-template <class Rows> constexpr int kBlocksOf<Rows, std::void_t<decltype(Rows::kBlocks)>> = Rows::kBlocks;
 
 // out <- weight * (row 0 + row 1 + ...). A thread owns one group of out.
 template <class T, class Rows> __global__ void __launch_bounds__(kThreads, kBlocksOf<Rows>)

@@ -8,7 +8,6 @@
 namespace commopt::cuda {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kQuads = 8;         // of a lane
 constexpr int kOwn = 4 * kQuads;  // elements of a lane
 

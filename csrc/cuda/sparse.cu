@@ -16,7 +16,6 @@ namespace {
 
 using u64 = unsigned long long;
 
-constexpr int kWarps = kThreads / 32;
 constexpr int kPart = (int)kBlock;  // of a unit, that is a warp's where entries are added in turn
 constexpr int kUnit = kWarps * kPart;
 constexpr int kUnitsOfTile = (int)kTile / kUnit;
