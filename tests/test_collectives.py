@@ -28,7 +28,7 @@ def nothing_is_lost(plans, steps: int = 3, seed: int = 0) -> list:
         for x in xs[1:]:
             same(x, xs[0], f"step {step}")
         close(world * xs[0].double() + kept_by(residuals, n), had, 3e-7 * world * max(1.0, float(had.abs().max())), f"step {step}")
-        assert all(bool(plan.finite) for plan in plans)
+        assert all(plan.finite and all(plan.finite) for plan in plans)
     return networks
 
 

@@ -7,7 +7,7 @@ import torch
 
 import commopt
 from commopt import backends
-from commopt.compressors import STEADY
+from commopt.compressors import STEADY, all_finite
 from commopt.wire import Layout
 from ranks import close, same
 
@@ -224,6 +224,23 @@ def test_what_is_not_finite_is_sent_on_and_not_kept(spec, bad):
         compressor.encode(kernels, value, None, *layout.views(row))
         witness = dict(zip([f[0] for f in layout.fields], layout.views(row)))[compressor.witness]
         assert bool(torch.isfinite(witness).all()) == finite, "the witness field must show it"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_value_that_is_not_finite_is_seen(dtype):
+    """Wherever it is, in either sign, beside the largest values, of which greatest - least is no number of the dtype."""
+    inf, nan, largest = float("inf"), float("nan"), torch.finfo(dtype).max
+    for values in ([0.0], [largest, -largest], [-largest], [largest]):
+        for n in (len(values), 1000, 70_001):
+            x = torch.zeros(n, dtype=dtype)
+            x[-len(values) :] = torch.tensor(values, dtype=dtype)
+            assert bool(all_finite(x)), (values, n)
+            for bad in ([inf], [-inf], [nan], [inf, -inf], [-inf, nan], [inf, inf]):
+                for at in (0, n // 2, n - 1):
+                    spoilt = x.repeat(2)
+                    spoilt[at : at + len(bad)] = torch.tensor(bad, dtype=dtype)
+                    assert not bool(all_finite(spoilt)), (values, n, bad, at)
+    assert not bool(all_finite(torch.full((9,), -inf, dtype=dtype))) and not bool(all_finite(torch.full((9,), inf, dtype=dtype)))
 
 
 @pytest.mark.parametrize("spec", ["none", *LOSSY])

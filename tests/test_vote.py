@@ -84,7 +84,7 @@ def test_an_exchange_is_a_vote(world):
     close(xs[0][exact].double(), mean[exact], 1e-6)
     decided = ~exact & (ahead != 0)
     assert decided.sum() > n / 3 and torch.equal(xs[0][decided] > 0, ahead[decided] > 0)
-    assert all(bool(plan.finite) for plan in plans)
+    assert all(plan.finite and all(plan.finite) for plan in plans)
 
 
 def test_there_is_no_error_feedback():

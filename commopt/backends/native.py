@@ -20,6 +20,17 @@ _SCALING = {"float32": 0, "e8m0": 1, "e4m3": 2}  # Scaling in csrc/ops.h
 _SCALED = {"e4m3": ("float32", "e8m0"), "e5m2": ("float32", "e8m0"), "e2m1": ("e8m0", "e4m3"), "power": ("e8m0",)}
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # others, such as those of a tracer, may have no memory
+
+
+def _fits(t: Tensor, shape: tuple) -> bool:
+    """Whether it has that shape (None: any) and dense rows. A hook asks ten times for a bucket, so the usual case comes first."""
+    have = t.shape
+    if have != shape and (len(have) != len(shape) or any(want not in (None, is_) for want, is_ in zip(shape, have))):
+        return False
+    return t.stride(-1) == 1 or have[-1] <= 1 or t.numel() == 0
+
+
 def _got(t) -> str:
     return f"{str(t.dtype)[6:]} {list(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
 
@@ -33,18 +44,7 @@ class Checker:
     def tensor(self, name: str, t, dtypes, shape: tuple) -> int | Tensor:
         """The address of t, or t; ValueError unless it has one of the dtypes, the shape (None: any), the device, dense rows."""
         dtypes = dtypes if isinstance(dtypes, (tuple, dict)) else (dtypes,)
-        good = (
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.dtype in dtypes
-            and t.layout == torch.strided
-            and t.dim() == len(shape)
-            and all(want is None or want == have for want, have in zip(shape, t.shape))
-            and (t.numel() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1)
-            and t.device.type == self.device_type
-            and self.device in (None, t.device)
-        )
-        if good:
-            self.device = t.device
+        if type(t) in _PLAIN and t.dtype in dtypes and t.layout is torch.strided and _fits(t, shape) and self._here(t.device):
             address = t.data_ptr()
             if address or t.numel() == 0:
                 return address if self.addresses else t
@@ -53,6 +53,12 @@ class Checker:
         raise ValueError(
             f"{self.op}: {name} must be {wanted} [{sizes}], contiguous, on {self.device or self.device_type}, got {_got(t)}"
         )
+
+    def _here(self, device: torch.device) -> bool:
+        """Whether it is the device of this call, which the first tensor decides."""
+        if self.device is None and device.type == self.device_type:
+            self.device = device
+        return device == self.device
 
     def input(self, x, residual, loss_scale) -> tuple:
         address = self.tensor("x", x, GRADIENT, (None,))

@@ -13,16 +13,17 @@ def gather(plan: Plan) -> Prepared:
     """
     message = plan.message(0, plan.n, "gather")
     rows, sizes = plan.rows(message.nbytes), [message.nbytes] * plan.world
+    own, everyones = message.within(rows[plan.rank]), message.within(rows)
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
         def encode(_: int) -> None:
-            message.encode(x, residual, rows[plan.rank], plan.draw, plan.loss_scale)
+            message.encode(x, residual, own, plan.draw, plan.loss_scale)
 
         failed = yield link.gather(rows, sizes, encode, plan.exchange)
         if failed:
             raise failed
-        message.decode_sum(x, plan.weight, rows)
-        plan.finite = message.finite(rows)
+        message.decode_sum(x, plan.weight, everyones)
+        plan.finite = message.finite(everyones)
 
     plan.sends((plan.world - 1) * message.nbytes)
     return Prepared(plan, begin, phases=1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor
-from ..plan import Message, Part, Plan
+from ..plan import Fields, Message, Part, Plan
 from .link import Link
 from .phases import Phases, Prepared, together
 from .shards import Shards, kept_of
@@ -30,6 +30,7 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
     stretches = [_span([shards[s] for s in range(count) if held[node][s] == i]) for i in range(len(here))]
     within = Shards(plan, stretches, me, _intra)
     start, stop = stretches[me]
+    own_row = within.sum.within(within.sums[me : me + 1])
     total = torch.empty(stop - start, dtype=torch.float32, device=plan.device)
     lossy_result = node == 0 and any(part.compressor.ef for part in within.sum.parts)
     inner: list[tuple[Prepared, tuple[int, ...], int, int]] = []  # with the ranks that hold the shard, and where it is
@@ -45,12 +46,12 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
             within.encode(i, x, residual)
 
         def encode_result(_: int) -> None:
-            within.sum.encode(total, None, within.sums[me], plan.draw, plan.loss_scale)
+            within.sum.encode(total, None, within.own_sum, plan.draw, plan.loss_scale)
 
         near = link.among(here)
         failed = yield near.scatter(within.departing, within.arriving, within.sizes, encode_share, plan.exchange)
         if failed is None:
-            within.messages[me].decode_sum(total, 1.0, within.arriving)
+            within.messages[me].decode_sum(total, 1.0, within.arrived)
         else:
             total.fill_(torch.nan)  # the others wait for what follows
         exchanges = []
@@ -66,8 +67,8 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         if failed:
             raise failed
         if before is not None:
-            _keep_lost(within.sum, before, kept_of(residual, start, stop), within.sums[me : me + 1], plan.loss_scale)
-        plan.finite = within.decode(x)
+            _keep_lost(within.sum, before, kept_of(residual, start, stop), own_row, plan.loss_scale)
+        within.decode(x)
         count_bytes()  # shards of lists are cut anew
 
     def count_bytes() -> None:
@@ -103,7 +104,7 @@ def _shards(plan: Plan, count: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], plan.n]))
 
 
-def _keep_lost(message: Message, total: Tensor, residual: Tensor, row: Tensor, loss_scale: Tensor | None) -> None:
+def _keep_lost(message: Message, total: Tensor, residual: Tensor, row: Fields, loss_scale: Tensor | None) -> None:
     """residual += what the message of the total misses of it. All nodes send the same, so one rank keeps that."""
     lost = torch.empty_like(total)
     message.decode_sum(lost, 1.0, row)

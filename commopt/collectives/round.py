@@ -12,12 +12,16 @@ from ..wire import Layout
 
 class Lane(NamedTuple):
     """The values of a round that travel alike: as messages of `way`, one for each row of values, float32 [world, shard].
-    departing and arriving: the fields of those messages, each [world, count], in the round's rows of bytes."""
+    departing and arriving: the fields of those messages, each [world, count], in the round's rows of bytes. sent and came: those
+    of each row by itself, [count]; means: as a sum of one, [1, count]."""
 
     way: Compressor
     values: Tensor
     departing: list[Tensor]
     arriving: list[Tensor]
+    sent: list[list[Tensor]]
+    came: list[list[Tensor]]
+    means: list[list[Tensor]]
 
 
 class Round:
@@ -34,10 +38,13 @@ class Round:
         self.nbytes = rows.nbytes
         self.departing, self.arriving = (torch.zeros(world, rows.nbytes, dtype=torch.uint8, device=device) for _ in range(2))
         out, into = (iter(rows.views(all_rows)) for all_rows in (self.departing, self.arriving))
-        self.lanes = [
-            Lane(way, torch.zeros(world, shard, dtype=torch.float32, device=device), *([next(f) for _ in way.fields(shard)] for f in (out, into)))
-            for way, shard in shards.items()
-        ]
+        self.lanes = []
+        for way, shard in shards.items():
+            departing, arriving = ([next(fields) for _ in way.fields(shard)] for fields in (out, into))
+            sent, came = ([[field[r] for field in fields] for r in range(world)] for fields in (departing, arriving))
+            means = [[field[r : r + 1] for field in departing] for r in range(world)]
+            values = torch.zeros(world, shard, dtype=torch.float32, device=device)
+            self.lanes.append(Lane(way, values, departing, arriving, sent, came, means))
         free = {lane.way: lane.values.view(-1) for lane in self.lanes}
         self.views: list[Tensor] = []
         for _, way, count in fields:
@@ -47,8 +54,8 @@ class Round:
 
     def encode(self, r: int, arrived: bool = False) -> None:
         """Row r of `departing` <- the message of row r of the values; of `arriving` as if it had come from another rank."""
-        for way, values, departing, arriving in self.lanes:
-            way.encode(self.kernels, values[r], None, *(field[r] for field in (arriving if arrived else departing)))
+        for lane in self.lanes:
+            lane.way.encode(self.kernels, lane.values[r], None, *(lane.came if arrived else lane.sent)[r])
 
     def average(self, r: int, weight: float) -> None:
         """Row r of the values <- weight * the sum of all that has arrived."""
@@ -58,11 +65,11 @@ class Round:
     def decode(self) -> None:
         """Each row of the values <- its message in `departing`, the same on all ranks."""
         for lane in self.lanes:
-            for r, row in enumerate(lane.values):
-                lane.way.decode_sum(self.kernels, row, 1.0, *(field[r : r + 1] for field in lane.departing))
+            for row, mean in zip(lane.values, lane.means):
+                lane.way.decode_sum(self.kernels, row, 1.0, *mean)
         for rest in self._padding:  # where a NaN in its block would stay for the next step
             rest.zero_()
 
-    def finite(self) -> Tensor:
-        """Whether no value is an infinity or a NaN; bool []."""
-        return all_finite(*(lane.values for lane in self.lanes))
+    def finite(self) -> list[Tensor]:
+        """bools [], all of them true where no value is an infinity or a NaN."""
+        return [all_finite(lane.values) for lane in self.lanes if lane.values.numel()]

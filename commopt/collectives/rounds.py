@@ -26,12 +26,13 @@ def rounds(plan: Plan) -> Prepared:
     name = f"{plan.name}/rounds"
     message = Message(others, plan.exact[:0], plan.device, f"{name}/{plan.rank}", name) if others else None
     rows = plan.rows(message.nbytes if message else 0)
+    own, everyones = (message.within(rows[plan.rank]), message.within(rows)) if message else (None, None)
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
         steps, begun, failed = _steps(plan, methods, exactly, x, residual), -1, None
 
         def encode(_: int) -> None:
-            message.encode(x, residual, rows[plan.rank], plan.draw, plan.loss_scale)
+            message.encode(x, residual, own, plan.draw, plan.loss_scale)
 
         if message is not None:
             failed = yield link.gather(rows, [message.nbytes] * plan.world, encode, plan.exchange)
@@ -59,10 +60,10 @@ def rounds(plan: Plan) -> Prepared:
             next(step, None)
         if plan.weight != 1.0 / plan.world:
             x.mul_(plan.weight * plan.world)
-        plan.finite = torch.stack([trip.finite() for trip in trips]).all()
+        plan.finite = [one for trip in trips for one in trip.finite()]
         if message is not None:
-            message.decode_sum(x, plan.weight, rows)
-            plan.finite &= message.finite(rows)
+            message.decode_sum(x, plan.weight, everyones)
+            plan.finite += message.finite(everyones)
 
     plan.sends((plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1]))
     return Prepared(plan, begin, phases=2 * len(trips) + (message is not None))

@@ -11,7 +11,8 @@ class Shards:
     """A bucket cut in stretches, of which rank r of some ranks, this one being `rank`, sums the r-th and sends it to all.
 
     spans: (start, stop) of each. messages: the message of each. sizes: their bytes. departing, arriving and sums: uint8
-    [ranks, longest], what goes to each rank, what each has sent of this rank's shard, and each shard's sum.
+    [ranks, longest], what goes to each rank, what each has sent of this rank's shard, and each shard's sum. arrived and own_sum:
+    the fields of what has arrived, and of this rank's sum.
     """
 
     def __init__(self, plan: Plan, spans: list[tuple[int, int]], rank: int, compressor: Callable[[Part], Compressor]):
@@ -22,6 +23,9 @@ class Shards:
         self.sizes = [message.nbytes for message in self.messages]
         shape = (len(spans), max(self.sizes))
         self.departing, self.arriving, self.sums = (torch.zeros(shape, dtype=torch.uint8, device=plan.device) for _ in range(3))
+        self._shares = [message.within((self.arriving if r == rank else self.departing)[r]) for r, message in enumerate(self.messages)]
+        self._sums = [message.within(self.sums[r : r + 1]) for r, message in enumerate(self.messages)]
+        self.arrived, self.own_sum = self.sum.within(self.arriving), self.sum.within(self.sums[rank])
 
     @property
     def sent(self) -> int:
@@ -37,16 +41,13 @@ class Shards:
     def encode(self, r: int, x: Tensor, residual: Tensor | None) -> None:
         """The message of rank r's shard, into the row that goes there; this rank's own as if it had arrived."""
         start, stop = self.spans[r]
-        row = (self.arriving if r == self.rank else self.departing)[r]
-        self.messages[r].encode(x[start:stop], kept_of(residual, start, stop), row, self.plan.draw, self.plan.loss_scale)
+        self.messages[r].encode(x[start:stop], kept_of(residual, start, stop), self._shares[r], self.plan.draw, self.plan.loss_scale)
 
-    def decode(self, x: Tensor) -> Tensor:
-        """x <- the mean of all ranks, from the sums. Whether it is finite; bool []."""
-        finite = torch.ones((), dtype=torch.bool, device=x.device)
-        for r, (start, stop) in enumerate(self.spans):
-            self.messages[r].decode_sum(x[start:stop], self.plan.weight, self.sums[r : r + 1])
-            finite &= self.messages[r].finite(self.sums[r : r + 1])
-        return finite
+    def decode(self, x: Tensor) -> None:
+        """x <- the mean of all ranks, from the sums."""
+        for (start, stop), message, fields in zip(self.spans, self.messages, self._sums):
+            message.decode_sum(x[start:stop], self.plan.weight, fields)
+        self.plan.finite = [one for message, fields in zip(self.messages, self._sums) for one in message.finite(fields)]
 
 
 def kept_of(residual: Tensor | None, start: int, stop: int) -> Tensor | None:

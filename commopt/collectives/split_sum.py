@@ -36,7 +36,7 @@ def split_sum(plan: Plan) -> Prepared:
             raise failed
         for r in range(plan.world):
             x[starts[r] : stops[r]].copy_(values(sums, r, r))
-        plan.finite = all_finite(x)
+        plan.finite = [all_finite(x)]
 
     plan.sends(sum(sizes) - sizes[plan.rank] + (plan.world - 1) * sizes[plan.rank], plan.reduced)
     return Prepared(plan, begin, phases=2)

@@ -15,7 +15,7 @@ def sum(plan: Plan) -> Prepared:
         if failed:
             raise failed
         if not x.is_sparse and not x.is_complex() and x.numel():
-            plan.finite = all_finite(x)
+            plan.finite = [all_finite(x)]
 
     plan.sends(plan.reduced)
     return Prepared(plan, begin, phases=1, merges=False)

@@ -29,13 +29,13 @@ def two_shot(
 
         def encode_sum(_: int) -> None:
             total = x[start:stop] if wide is None else wide
-            shards.sum.resum(total, kept_of(residual, start, stop), shards.arriving, shards.sums[plan.rank], plan.draw, plan.loss_scale)
+            shards.sum.resum(total, kept_of(residual, start, stop), shards.arrived, shards.own_sum, plan.draw, plan.loss_scale)
 
         failed = yield link.scatter(shards.departing, shards.arriving, shards.sizes, encode_share, plan.exchange)
         failed = yield link.gather(shards.sums, shards.sizes, encode_sum, plan.exchange, failed)
         if failed:
             raise failed
-        plan.finite = shards.decode(x)
+        shards.decode(x)
 
     plan.sends(shards.sent, shards.size)
     return Prepared(plan, begin, phases=2)

@@ -55,9 +55,9 @@ class Compressor:
         """out <- weight * sum of the rows, in rank order. Fields are [rows, count]."""
         raise NotImplementedError
 
-    def finite(self, fields: dict[str, Tensor]) -> Tensor:
-        """Whether no row of a message's fields, [rows, count] by name, shows an infinity or a NaN: bool []."""
-        return all_finite(*fields[self.witness])
+    def finite(self, fields: dict[str, Tensor]) -> list[Tensor]:
+        """bools [], all of them true where no row of a message's fields, [rows, count] by name, shows an infinity or a NaN."""
+        return [all_finite(row) for row in fields[self.witness] if row.numel()]
 
     def takes(self, shape: torch.Size) -> bool:
         """Whether it compresses a tensor of this shape. What it does not take travels exactly."""
@@ -109,10 +109,11 @@ class Compressor:
         return self
 
 
-def all_finite(*tensors: Tensor) -> Tensor:
-    """Whether they hold no infinity and no NaN; bool []. One read of each, no copy."""
-    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
-    return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.ones((), dtype=torch.bool, device=tensors[0].device)
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether its elements, of which there are some, are neither infinite nor NaN; bool []. One read, no copy, three launches on a
+    device: a NaN is both extremes, and zero times an infinite least one is a NaN."""
+    least, greatest = torch.aminmax(tensor)
+    return torch.sub(greatest, least, alpha=0) < torch.inf
 
 
 def compressors() -> dict[str, dict[str, tuple[type, Any]]]:

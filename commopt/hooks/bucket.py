@@ -2,11 +2,13 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.futures import Future
 
 from ..collectives import prepare
+from ..collectives.phases import Prepared
 from ..collectives.run import future_of
 from ..plan import Plan
 from ..schedulers.late import laid_out
@@ -35,8 +37,11 @@ class Bucket:
     def begin(self, traffic: Traffic, x: Tensor, joined: bool) -> tuple[Future, list[Future]]:
         """Begins to average x in place: a future of the whole, and one of each piece. joined: whether this rank only contributes
         zeros, and keeps its residual."""
-        whole, residual = future_of(x), None if joined else self.plan.residual
-        ended = itertools.count(1)
+        residual = None if joined else self.plan.residual
+        if len(self.pieces) == 1:
+            future = self._exchange(traffic, self.pieces[0], x, residual)
+            return future, [future]
+        whole, ended = future_of(x), itertools.count(1)
 
         def one_ended() -> None:
             if next(ended) == len(self.pieces):
@@ -44,11 +49,13 @@ class Bucket:
 
         futures = []
         for piece in self.pieces:
-            plan = piece.plan
-            plan.step, plan.loss_scale, plan.finite = self.plan.step, self.plan.loss_scale, None
-            part = x if len(self.pieces) == 1 else x[plan.span]
-            futures.append(traffic.exchange(piece, part, None if residual is None else residual[..., plan.span], one_ended))
+            span = piece.plan.span
+            futures.append(self._exchange(traffic, piece, x[span], None if residual is None else residual[..., span], one_ended))
         return whole, futures
+
+    def _exchange(self, traffic: Traffic, piece: Prepared, part: Tensor, residual: Tensor | None, ended: Callable[[], None] = lambda: None) -> Future:
+        piece.plan.step, piece.plan.loss_scale, piece.plan.finite = self.plan.step, self.plan.loss_scale, []
+        return traffic.exchange(piece, part, residual, ended)
 
     def awaited(self, x: Tensor, parameters: list[Tensor], traffic: Traffic, futures: list[Future]) -> list[tuple[list[int], list[Tensor], list[Tensor], list[Future]]]:
         """What there is to wait for when `begin` has begun: numbers of exchanges, the parameters whose gradients they bring, those

@@ -26,9 +26,9 @@ class Counts:
     def see(self, plans: list[Plan], step: int) -> None:
         """Looks at the means that have come. A step counts once, however many ends its backward had. On a device the count
         stays there: nobody waits for it."""
-        finite = [plan.finite for plan in plans if plan.finite is not None]
+        finite = [one for plan in plans for one in plan.finite]
         for plan in plans:
-            plan.finite = None
+            plan.finite = []
         if not finite:
             return
         now = torch.stack([f.to(finite[0].device) for f in finite]).all()

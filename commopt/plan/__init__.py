@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor, parse
-from .message import Message
+from .message import Fields, Message
 from .parts import EXACT_BELOW, Parameter, Part, compressor_for, layout, split
 
-__all__ = ["EXACT_BELOW", "Message", "Parameter", "Part", "Plan", "compressor_for", "layout", "split"]
+__all__ = ["EXACT_BELOW", "Fields", "Message", "Parameter", "Part", "Plan", "compressor_for", "layout", "split"]
 
 GRAIN = 1024  # a shard or a piece begins at a multiple of this many elements
 PIECES = 8  # of a bucket at most: what is encoded before anything travels is an eighth, and a host's work is bounded
@@ -42,7 +42,7 @@ class Plan:
         self.residual: Tensor | None = None  # float32 [n], or [slots, n]
         self.wants_residual = self.collective != "sum" and any(part.compressor.ef for part in self.parts)
         self.slots = max((part.compressor.slots for part in self.parts if part.compressor.ef), default=1)
-        self.finite: Tensor | None = None
+        self.finite: list[Tensor] = []  # of the last exchange: bools [], all of them true where the mean is finite
         self.sent = self.size = 0  # see sends()
 
     def _collective(self) -> str:

@@ -2,12 +2,22 @@
 
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from .parts import Part, layout
+
+
+class Fields(NamedTuple):
+    """Where a message lies in a row of bytes, or each of several messages in its row: views of it, made once.
+
+    of: for each part, its fields. exact: the values that travel exactly, float32 [count], or [rows, count]."""
+
+    of: list[list[Tensor]]
+    exact: Tensor
 
 
 class Message:
@@ -23,21 +33,21 @@ class Message:
             if not part.compressor.keeps_zero:
                 lost |= (exact >= part.start) & (exact < part.stop)
         self._lost_zeros = exact[lost].to(device)  # exact positions where a part would keep what it decodes for a zero
-        self._counts = [len(part.fields) for part in parts]
+        self._names = [[name for name, _, _ in part.fields] for part in parts]
         self.nbytes = self.layout.nbytes
 
-    def _fields(self, rows: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+    def within(self, rows: Tensor) -> Fields:
+        """Of a row, uint8 [at least nbytes], or of rows, uint8 [rows, at least nbytes]."""
         *views, exact = self.layout.views(rows)
-        ends = [sum(self._counts[: i + 1]) for i in range(len(self._counts))]
-        return [views[end - count : end] for count, end in zip(self._counts, ends)], exact
+        views = iter(views)
+        return Fields([[next(views) for _ in names] for names in self._names], exact)
 
-    def encode(self, x: Tensor, residual: Tensor | None, row: Tensor, draw: tuple[int, int], loss_scale: Tensor | None) -> None:
-        """row <- the message of x, which is left with zeros where it travels exactly. draw: (seed, step)."""
-        groups, exact = self._fields(row)
+    def encode(self, x: Tensor, residual: Tensor | None, into: Fields, draw: tuple[int, int], loss_scale: Tensor | None) -> None:
+        """into <- the message of x, which is left with zeros where it travels exactly. into: of a row. draw: (seed, step)."""
         if self.exact.numel():
-            exact.copy_(x[self.exact])
+            into.exact.copy_(x[self.exact])
             x.index_fill_(0, self.exact, 0)
-        for (part, kernels), fields in zip(self.ready(draw, loss_scale), groups):
+        for (part, kernels), fields in zip(self.ready(draw, loss_scale), into.of):
             part.compressor.encode(kernels, x[part.start : part.stop], part.of(residual), *fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
@@ -50,35 +60,28 @@ class Message:
                 kernels.loss_scale = loss_scale
             yield part, kernels
 
-    def resum(self, total: Tensor, residual: Tensor | None, rows: Tensor, row: Tensor, draw: tuple[int, int], loss_scale: Tensor | None) -> None:
-        """row <- the message of the sum of the rows and the residual. total: float32 [n], to work in."""
-        groups, exact = self._fields(rows)
-        into, exact_sum = self._fields(row)
+    def resum(self, total: Tensor, residual: Tensor | None, rows: Fields, into: Fields, draw: tuple[int, int], loss_scale: Tensor | None) -> None:
+        """into <- the message of the sum of the rows and the residual. into: of a row. total: float32 [n], to work in."""
         if self.exact.numel():
-            _sum_in_order(exact, exact_sum)
-        for (part, kernels), fields, summands in zip(self.ready(draw, loss_scale), into, groups):
+            _sum_in_order(rows.exact, into.exact)
+        for (part, kernels), fields, summands in zip(self.ready(draw, loss_scale), into.of, rows.of):
             kept = part._replace(compressor=part.compressor.resent()).of(residual)
             part.compressor.resum(kernels, total[part.start : part.stop], kept, summands, fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
 
-    def decode_sum(self, out: Tensor, weight: float, rows: Tensor) -> None:
-        """out <- weight * the sum of the rows, uint8 [rows, at least nbytes], in their order."""
-        groups, exact = self._fields(rows)
-        for part, kernels, fields in zip(self.parts, self.kernels, groups):
+    def decode_sum(self, out: Tensor, weight: float, rows: Fields) -> None:
+        """out <- weight * the sum of the rows, in their order."""
+        for part, kernels, fields in zip(self.parts, self.kernels, rows.of):
             part.compressor.decode_sum(kernels, out[part.start : part.stop], weight, *fields)
         if self.exact.numel():
-            total = _sum_in_order(exact, torch.empty_like(exact[0]))
+            total = _sum_in_order(rows.exact, torch.empty_like(rows.exact[0]))
             out.index_copy_(0, self.exact, total.mul_(weight).to(out.dtype))
 
-    def finite(self, rows: Tensor) -> Tensor:
-        """Whether no row shows an infinity or a NaN; bool []."""
-        groups, exact = self._fields(rows)
-        seen = torch.isfinite(exact).all()
-        for part, fields in zip(self.parts, groups):
-            names = [name for name, _, _ in part.fields]
-            seen &= part.compressor.finite(dict(zip(names, fields)))
-        return seen
+    def finite(self, rows: Fields) -> list[Tensor]:
+        """bools [], all of them true where no row shows an infinity or a NaN."""
+        seen = [one for part, names, fields in zip(self.parts, self._names, rows.of) for one in part.compressor.finite(dict(zip(names, fields)))]
+        return seen + ([(rows.exact * 0 == 0).all()] if rows.exact.numel() else [])
 
 
 def _sum_in_order(rows: Tensor, total: Tensor) -> Tensor:

@@ -59,9 +59,8 @@ def cost(
         plan.step, x = step, gradient.roll(step)
         timelines.append(_run(prepared, x, residual, Timeline(network, near or network, torch.device(device))))
     copied = _seconds_of_a_copy(gradient)
-    work = statistics.median(timeline.work for timeline in timelines[1:])
-    last = timelines[-1]
-    return Cost(plan.collective, last.sent, last.rounds, work, work / copied, statistics.median(timeline.now for timeline in timelines[1:]))
+    typical = sorted(timelines[1:], key=lambda timeline: timeline.now)[_TURNS // 2]  # one, as lists' lengths differ from exchange to exchange
+    return Cost(plan.collective, typical.sent, typical.rounds, typical.work, typical.work / copied, typical.now)
 
 
 class Timeline:
