@@ -58,7 +58,7 @@ part "What is built" 30 "$python" -m commopt info
 
 # What is not timed runs side by side.
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n $(($(nproc) - 2))")
-part "Bits of the reference, and trainings over NCCL and gloo" 180 env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:benchmark $workers tests/test_on_gpu.py &
+part "Bits of the reference, and trainings over NCCL and gloo" 180 env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:benchmark $workers tests/test_on_gpu.py tests/test_cuda_kernels.py -k on_gpu &
 for tool in memcheck racecheck; do
     part "compute-sanitizer, $tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 0 "$python" tests/on_gpu_small.py &
 done

@@ -167,7 +167,7 @@ else:
     @pytest.fixture(scope="module")
     def emulated():
         from emulator import build
-        from test_cuda_emulated import load
+        from test_cuda_kernels import load
 
         return load(build.module())
 

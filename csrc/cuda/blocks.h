@@ -51,8 +51,7 @@ template <class In, class Codec, class S> __global__ void __launch_bounds__(kThr
   int64_t group = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   int count = present(in.n, group * kGroup), lanes = 1 << shift;
   float loss_scale = *in.loss_scale, acc[kGroup], old[kGroup];
-  bool together = whole_warp(in.n, group * kGroup);
-  in.load(count ? group * kGroup : 0, count, loss_scale, acc, old, together);
+  in.load(count ? group * kGroup : 0, count, loss_scale, acc, old);
   uint32_t most = absmax_of(acc);
   for (int apart = min(lanes, 32) / 2; apart; apart /= 2) most = max(most, __shfl_xor_sync(kAll, most, apart));
   if (lanes > 32) {
@@ -64,7 +63,7 @@ template <class In, class Codec, class S> __global__ void __launch_bounds__(kThr
   if (count == 0) return;
   const auto scale = codec.scale(most);
   if ((threadIdx.x & (lanes - 1)) == 0) put(scales + (group >> shift), scale);
-  encode_group(in, codec, group, count, acc, scale, divide(1.0f, loss_scale), together);
+  encode_group(in, codec, group, count, acc, scale, divide(1.0f, loss_scale), whole_warp(in.n, group * kGroup));
 }
 
 // Any other block length: a warp owns a block and reads it twice, the second time from the cache. With two blocks to a

@@ -143,7 +143,7 @@ __device__ __forceinline__ void list_tile(const Gradient<T>& in, const List& lis
   for (int j = 0; j < 2; ++j) {
     first[j] = (int64_t)blockIdx.x * kSpan + (j * kThreads + threadIdx.x) * kGroup;
     count[j] = present(in.n, first[j]);
-    in.load(count[j] ? first[j] : 0, count[j], scale, acc[j], old, whole_warp(in.n, first[j]));
+    in.load(count[j] ? first[j] : 0, count[j], scale, acc[j], old);
   }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {

@@ -13,8 +13,8 @@ template <class T, class V> __global__ void __launch_bounds__(kThreads) encode(G
   if (count == 0) return;
   float scale = *in.loss_scale, inverse = divide(1.0f, scale);
   float acc[kGroup], kept[kGroup];
-  bool together = whole_warp(in.n, first);
-  in.load(first, count, scale, acc, kept, together);
+  in.load(first, count, scale, acc, kept);
+  const bool together = whole_warp(in.n, first);
   V v[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {

@@ -67,7 +67,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) encode_rotated(Gr
   rotate(v);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) v[i] = at.whole ? v[i] : acc[i];
-  if (at.count) store8(rotated + at.first, aligned, at.count, v);
+  if (at.count) store8(rotated + at.first, aligned, at.count, v, whole_warp(in.n, at.first));
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads) keep_rotated(Gradient<T> in, const float* rotated, bool aligned) {
@@ -78,7 +78,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) keep_rotated(Grad
   in.load(at.first, at.count, loss_scale, acc, old);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) kept[i] = magnitude(sent[i]) < kNonFinite ? mul(sub(acc[i], sent[i]), inverse_loss_scale) : old[i];
-  store8(in.residual + at.first, in.residual_aligned, at.count, kept);
+  store8(in.residual + at.first, in.residual_aligned, at.count, kept, whole_warp(in.n, at.first));
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads)
@@ -89,7 +89,7 @@ decode_rotated(T* out, bool out_aligned, float weight, int64_t n, const float* r
   T result[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) narrow(result[i], mul(value[i], weight));
-  if (at.count) store8(out + at.first, out_aligned, at.count, result);
+  if (at.count) store8(out + at.first, out_aligned, at.count, result, whole_warp(n, at.first));
 }
 
 }  // namespace

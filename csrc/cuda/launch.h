@@ -88,14 +88,15 @@ __device__ __forceinline__ int present(int64_t n, int64_t first) {
 // Whether all elements of a warp are there, where its lanes have neighbouring groups and `first` is this lane's first element.
 __device__ __forceinline__ bool whole_warp(int64_t n, int64_t first) { return first + (32 - (int)(threadIdx.x % 32)) * kGroup <= n; }
 
-// Lanes 2 i and 2 i + 1 have the quads 4 i .. 4 i + 3 of a warp's float32, 16 bytes each. Together they move the first two with one
-// instruction and the others with the next, which is whole sectors of 32 bytes where each lane's own would be halves. In memory
-// order a lane moves quads `place` and `place + 2` of the warp's.
+// Lanes 2 i and 2 i + 1 have the quads 4 i .. 4 i + 3 of a warp's float32, 16 bytes each. Together they store the first two with one
+// instruction and the others with the next, which is whole sectors of 32 bytes where each lane's own would be halves, of which each
+// goes to the second-level cache by itself. Loads need no such thing: the other half comes from the first-level one. In memory order
+// a lane stores quads `place` and `place + 2` of the warp's.
 struct Neighbours {
   bool odd = threadIdx.x & 1;
   int place = (int)(threadIdx.x % 32) / 2 * 4 + odd;
 
-  // A lane that moved, or is to move, a and b gives its neighbour one of them for the other's.
+  // A lane that is to store a and b gives its neighbour one of them for the other's.
   __device__ __forceinline__ void exchange(uint4& a, uint4& b) const {
     exchange(a.x, b.x), exchange(a.y, b.y), exchange(a.z, b.z), exchange(a.w, b.w);
   }
@@ -105,17 +106,10 @@ struct Neighbours {
   }
 };
 
-// together: whole_warp, and then all lanes are here.
-template <class T> __device__ __forceinline__ void load8(const T* p, bool aligned, int count, T (&v)[kGroup], bool together = false) {
+template <class T> __device__ __forceinline__ void load8(const T* p, bool aligned, int count, T (&v)[kGroup]) {
   using Vector = typename Moved<sizeof(T) * kGroup>::type;
   constexpr int kVectors = kGroup * sizeof(T) / (sizeof(Vector));
-  if (sizeof(T) == 4 && aligned && together) {
-    const Neighbours n;
-    const uint4* quads = reinterpret_cast<const uint4*>(p) - threadIdx.x % 32 * 2 + n.place;
-    uint4 whole[2] = {quads[0], quads[2]};
-    n.exchange(whole[0], whole[1]);
-    memcpy(v, whole, sizeof(v));
-  } else if (aligned && count == kGroup) {
+  if (aligned && count == kGroup) {
     Vector whole[kVectors];
     for (int j = 0; j < kVectors; ++j) whole[j] = reinterpret_cast<const Vector*>(p)[j];
     memcpy(v, whole, sizeof(v));
@@ -125,6 +119,7 @@ template <class T> __device__ __forceinline__ void load8(const T* p, bool aligne
   }
 }
 
+// together: whole_warp, and then all lanes are here.
 template <class T> __device__ __forceinline__ void store8(T* p, bool aligned, int count, const T (&v)[kGroup], bool together = false) {
   using Vector = typename Moved<sizeof(T) * kGroup>::type;
   constexpr int kVectors = kGroup * sizeof(T) / (sizeof(Vector));
@@ -159,18 +154,12 @@ template <class T> struct Gradient {
         x_aligned(aligned16(in.x)), residual_aligned(aligned16(in.residual)) {}
 
   // acc and the old residual of one group; zeros past the end.
-  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup], bool together = false) const {
+  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
     T v[kGroup];
-    load8(x + first, x_aligned, count, v, together);
+    load8(x + first, x_aligned, count, v);
+    if (residual) load8(residual + first, residual_aligned, count, old);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) acc[i] = widen(v[i]);
-    add_residual(first, count, scale, acc, old, together);
-  }
-
-  __device__ __forceinline__ void add_residual(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup], bool together) const {
-    if (residual) load8(residual + first, residual_aligned, count, old, together);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) acc[i] = canonical(residual ? accumulate(acc[i], old[i], scale) : acc[i]);
+    for (int i = 0; i < kGroup; ++i) acc[i] = canonical(residual ? accumulate(widen(v[i]), old[i], scale) : widen(v[i]));
   }
 
   __device__ __forceinline__ float at(int64_t i, float scale) const {

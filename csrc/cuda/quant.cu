@@ -99,11 +99,14 @@ template <int BITS> struct Total : Gradient<float> {
 
   Total(const Input& in, const Rows<BITS>& message, int64_t rows) : Gradient<float>(in), message(message), rows(rows) {}
 
-  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup], bool together = false) const {
+  __device__ __forceinline__ void load(int64_t first, int count, float scale, float (&acc)[kGroup], float (&old)[kGroup]) const {
+    if (residual) load8(residual + first, residual_aligned, count, old);  // on its way while the rows are added
     sum_rows(message, rows, first / kGroup, count, acc);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) acc[i] = i < count ? acc[i] : 0.0f;
-    add_residual(first, count, scale, acc, old, together);
+    for (int i = 0; i < kGroup; ++i) {
+      float total = i < count ? acc[i] : 0.0f;
+      acc[i] = canonical(residual ? accumulate(total, old[i], scale) : total);
+    }
   }
 };
 

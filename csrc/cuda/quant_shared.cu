@@ -87,9 +87,8 @@ template <class T, class Codec> __global__ void __launch_bounds__(kThreads) enco
   int count = present(in.n, group * kGroup);
   if (count == 0) return;
   float loss_scale = *in.loss_scale, acc[kGroup], old[kGroup];
-  const bool together = whole_warp(in.n, group * kGroup);
-  in.load(group * kGroup, count, loss_scale, acc, old, together);
-  encode_group(in, codec, group, count, acc, codec.scale(group), divide(1.0f, loss_scale), together);
+  in.load(group * kGroup, count, loss_scale, acc, old);
+  encode_group(in, codec, group, count, acc, codec.scale(group), divide(1.0f, loss_scale), whole_warp(in.n, group * kGroup));
 }
 
 template <class T, class Codec> __global__ void __launch_bounds__(kThreads) decode_shared(T* out, bool aligned, float weight, int64_t n, Codec codec) {
@@ -101,7 +100,7 @@ template <class T, class Codec> __global__ void __launch_bounds__(kThreads) deco
   T result[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) narrow(result[i], mul(value[i], weight));
-  store8(out + group * kGroup, aligned, count, result);
+  store8(out + group * kGroup, aligned, count, result, whole_warp(n, group * kGroup));
 }
 
 template <int WIDTH> void encode(const QuantEncodeShared& op, cudaStream_t stream) {

@@ -175,7 +175,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) keep_rest(Gradien
 #pragma unroll
   for (int i = 0; i < kGroup; ++i)
     if (first + i < next ? good : good_next) kept[i] = mul(acc[i], inverse);
-  store8(in.residual + first, in.residual_aligned, count, kept);
+  store8(in.residual + first, in.residual_aligned, count, kept, whole_warp(in.n, first));
 }
 
 __global__ void __launch_bounds__(kThreads) forget_drawn(float* residual, const float* loss_scale, Strata strata, const float* values, int64_t k) {
@@ -223,7 +223,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) decode(T* out, bo
     T result[kGroup];
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) narrow(result[e], mul(total[e], op.out.weight));
-    store8(out + begin + i, aligned, min(kGroup, size - i), result);
+    store8(out + begin + i, aligned, min(kGroup, size - i), result, whole_warp(size, i));
   }
 }
 

@@ -66,7 +66,8 @@ template <int kHeld, class T> __global__ void __launch_bounds__(kThreads) encode
         kept[i] = mul(sub(acc[h][i], negative ? -mean : mean), inverse_loss_scale);
       }
       signs[begin + j + 32 * h] = (uint8_t)byte;
-      if (in.residual && usable) store8(in.residual + first, in.residual_aligned, count, kept);
+      bool together = j - lane + 32 * h + 32 <= per_block && whole_warp(in.n, first);
+      if (in.residual && usable) store8(in.residual + first, in.residual_aligned, count, kept, together);
     }
   }
 }

@@ -4,8 +4,9 @@
 // the rows in their order to sums in shared memory, and writes these out once. Bytes per value: 4 written, and 6 k / n of each
 // row read. Adding to the residual: a block owns tiles of 65536 elements; 6 bytes per entry, and the sectors that it touches.
 //
-// There are no float atomics: the entries of a list that rises are of different elements, and are added at once. Of the lists of
-// its tile every block looks through a share for whether they rise. A hostile one may not: a second kernel, which else ends
+// There are no float atomics: the entries of a list that rises are of different elements, and are added at once. Every block
+// compares each entry that it adds with the one before it. Where a block's part ends the next one's begins, whatever the list
+// holds, and the last one's ends with the list: all entries are seen. A hostile list may not rise: a second kernel, which else ends
 // at once, then does all of it again, one entry after the other, so that the sum has the bits of the reference.
 #include <atomic>
 
@@ -24,6 +25,7 @@ constexpr int kAhead = 8;  // rows whose entries are read at once
 constexpr int kEach = 4;   // entries of a thread at once, when adding to the residual
 constexpr int kChunk = kEach * kThreads;
 constexpr int kMostBlocks = 1024;
+constexpr int kInTurnBlocks = 128;  // which nearly always have nothing to do
 constexpr int kCalls = 4096;  // that can be under way at a time
 
 // The number of a call with a list that does not rise, at that number modulo kCalls.
@@ -88,54 +90,49 @@ __device__ __forceinline__ Range part_of(const uint16_t* index, int count, int f
 
 template <class T> __global__ void __launch_bounds__(kThreads, 4) decode(T* out, bool out_aligned, TopkDecodeSum op, u64 call) {
   alignas(16) __shared__ float sum[kUnit];
-  __shared__ Range lists[kRows], parts[kRows];
+  __shared__ int64_t lists[kRows];  // where they begin
+  __shared__ Range parts[kRows];
   int64_t unit = blockIdx.x, tile = unit / kUnitsOfTile, tiles = (op.out.n + kTile - 1) / kTile, begin = unit * kUnit;
   int share = (int)(unit % kUnitsOfTile), base = share * kUnit, size = (int)min((int64_t)kUnit, op.out.n - begin);
-  int shares = (int)min((int64_t)kUnitsOfTile, gridDim.x - tile * kUnitsOfTile);
-  bool rises = true;
+  bool last = share == kUnitsOfTile - 1 || unit == gridDim.x - 1, rises = true;
 #pragma unroll
   for (int i = 0; i < kUnit / 4 / kThreads; ++i) quads(sum)[i * kThreads + threadIdx.x] = {};
   for (int64_t batch = 0; batch < op.out.rows; batch += kRows) {
     int rows = (int)min((int64_t)kRows, op.out.rows - batch);
-    if (batch) __syncthreads();
     for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
       Range list = list_of(op, batch + r, tile, tiles, rises);
       Range part = part_of(row_of(op.index, batch + r, op.place_stride) + list.begin, (int)(list.end - list.begin), base, base + kUnit);
-      if (threadIdx.x % 32 == 0) lists[r] = list, parts[r] = {list.begin + part.begin, list.begin + part.end};
+      if (threadIdx.x % 32 == 0) lists[r] = list.begin, parts[r] = {list.begin + part.begin, last ? list.end : list.begin + part.end};
     }
     __syncthreads();
     for (int first = 0; first < rows; first += kAhead) {
-      int at[kAhead];
+      int at[kAhead], before[kAhead];  // -1: there is none
       float value[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
-        at[a] = -1, value[a] = 0.0f;
+        at[a] = before[a] = -1, value[a] = 0.0f;
         if (first + a >= rows) continue;
         const Range part = parts[first + a];
+        const uint16_t* index = row_of(op.index, batch + first + a, op.place_stride);
         int64_t entry = part.begin + threadIdx.x;
-        if (entry < part.end) at[a] = row_of(op.index, batch + first + a, op.place_stride)[entry] - base, value[a] = row_of(op.values, batch + first + a, op.out.stride)[entry];
+        if (entry < part.end) at[a] = index[entry], value[a] = row_of(op.values, batch + first + a, op.out.stride)[entry];
+        if (entry < part.end && entry > lists[first + a]) before[a] = index[entry - 1];
       }
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         if (first + a >= rows) break;
-        auto enter = [&](int i, float v) {
-          if ((unsigned)i < (unsigned)size) sum[i] = add(sum[i], v);
+        auto enter = [&](int i, int preceding, float v) {
+          rises = rises && preceding < i;
+          if ((unsigned)(i - base) < (unsigned)size) sum[i - base] = add(sum[i - base], v);
         };
-        enter(at[a], value[a]);
+        if (at[a] >= 0) enter(at[a], before[a], value[a]);
         const Range part = parts[first + a];
         const uint16_t* index = row_of(op.index, batch + first + a, op.place_stride);
         const float* values = row_of(op.values, batch + first + a, op.out.stride);
 #pragma unroll 4
-        for (int64_t entry = part.begin + kThreads + threadIdx.x; entry < part.end; entry += kThreads) enter(index[entry] - base, values[entry]);
+        for (int64_t entry = part.begin + kThreads + threadIdx.x; entry < part.end; entry += kThreads) enter(index[entry], index[entry - 1], values[entry]);
         __syncthreads();
       }
-    }
-    for (int r = 0; r < rows; ++r) {
-      const uint16_t* index = row_of(op.index, batch + r, op.place_stride);
-      int64_t from = lists[r].begin, count = lists[r].end - from;
-#pragma unroll 2
-      for (int64_t entry = from + count * share / shares + threadIdx.x; entry < from + count * (share + 1) / shares; entry += kThreads)
-        if (entry > from && index[entry - 1] >= index[entry]) rises = false;
     }
   }
   if (!rises) suspects[call % kCalls] = call;
@@ -225,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 4) add_to_residual(SparseAdd op) {
   }
 }
 
-int64_t at_most(int64_t blocks) { return blocks < kMostBlocks ? blocks : kMostBlocks; }
+int64_t at_most(int64_t most, int64_t blocks) { return blocks < most ? blocks : most; }
 
 }  // namespace
 
@@ -238,14 +235,14 @@ void run(const TopkDecodeSum& op, cudaStream_t stream) {
     using T = decltype(type);
     T* out = static_cast<T*>(op.out.out);
     LAUNCH(decode<T>, units, kThreads, stream, out, aligned16(op.out.out), op, call);
-    LAUNCH(decode_in_turn<T>, at_most(units), kThreads, stream, out, aligned16(op.out.out), op, call);
+    LAUNCH(decode_in_turn<T>, at_most(kInTurnBlocks, units), kThreads, stream, out, aligned16(op.out.out), op, call);
   });
   check("topk_decode_sum");
 }
 
 void run(const SparseAdd& op, cudaStream_t stream) {
   if (op.n == 0 || op.k == 0) return;
-  LAUNCH(add_to_residual, at_most(ceil_div(op.n, kTile)), kThreads, stream, op);
+  LAUNCH(add_to_residual, at_most(kMostBlocks, ceil_div(op.n, kTile)), kThreads, stream, op);
   check("sparse_add");
 }
 

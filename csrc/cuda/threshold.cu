@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kSample = 65536;
 constexpr int kMostBlocks = 1024;  // of emit
+constexpr int kAtOnce = 8;         // elements of the sample that a thread reads before it counts them
 
 struct Control {  // of one call
   Pool pool;
@@ -59,11 +60,16 @@ template <class T> __device__ uint32_t first_threshold(const Task<T>& task) {
   for (int level = 0; level < 3; ++level) {  // 11, 10 and 10 bits
     for (int i = threadIdx.x; i < 2048; i += kThreads) bins[i] = 0;
     __syncthreads();
-#pragma unroll 4
-    for (int64_t j = threadIdx.x; j < m; j += kThreads) {
-      uint32_t key = magnitude(task.in.at(sampled(j, n, m), scale)) >> (20 - 10 * level);
-      if (!level) atomicAdd(&bins[key], 1u);
-      else if (key / 1024 == choice.prefix) atomicAdd(&bins[key % 1024], 1u);
+    for (int64_t first = threadIdx.x; first < m; first += kAtOnce * kThreads) {
+      uint32_t key[kAtOnce];
+#pragma unroll
+      for (int a = 0; a < kAtOnce; ++a) key[a] = magnitude(task.in.at(sampled(min(first + a * kThreads, m - 1), n, m), scale)) >> (20 - 10 * level);
+#pragma unroll
+      for (int a = 0; a < kAtOnce; ++a) {
+        if (first + a * kThreads >= m) break;
+        if (!level) atomicAdd(&bins[key[a]], 1u);
+        else if (key[a] / 1024 == choice.prefix) atomicAdd(&bins[key[a] % 1024], 1u);
+      }
     }
     __syncthreads();
     choice = level ? choose<1024>(bins, choice, (u64)rank) : choose<2048>(bins, choice, (u64)rank);

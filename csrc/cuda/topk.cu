@@ -314,7 +314,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) keep(Gradient<T> 
 #pragma unroll
   for (int i = 0; i < kGroup; ++i)
     if (magnitude(acc[i]) < kNonFinite) kept[i] = mul(acc[i], inverse);
-  store8(in.residual + first, in.residual_aligned, count, kept);
+  store8(in.residual + first, in.residual_aligned, count, kept, whole_warp(in.n, first));
 }
 
 }  // namespace

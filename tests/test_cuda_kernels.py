@@ -1,8 +1,8 @@
-"""The kernels of csrc/cuda, compiled by g++ and run thread by thread on the CPU, have the bits of the reference.
-
-Logic and arithmetic are proved here, for machines without a GPU; what nvcc makes of the same files is in test_cuda_code.
+"""The kernels of csrc/cuda have the bits of the reference: compiled by g++ and run thread by thread on the CPU, which proves logic
+and arithmetic on machines without a GPU, and on a GPU where there is one. What nvcc makes of them is in test_cuda_code.
 """
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -11,9 +11,11 @@ import types
 import op_cases
 import pytest
 import torch
+from commopt import backends
 from commopt.backends import native, reference
 from commopt.backends.reference import topk as reference_topk
 from emulator import build
+from storages import through
 
 
 def load(path):
@@ -24,9 +26,13 @@ def load(path):
     return types.SimpleNamespace(**native.bind(module, "cpu", lambda device: 0))
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    return load(build.module())
+@pytest.fixture(scope="module", params=["emulated", *(["on_gpu"] if torch.cuda.is_available() and backends.built("cuda") else [])])
+def kernels(request):
+    """The ops, for tensors on the CPU."""
+    if request.param == "emulated":
+        return load(build.module())
+    ops = vars(importlib.import_module("commopt.backends.cuda"))
+    return types.SimpleNamespace(**{name: through(op, "cuda") for name, op in ops.items() if name in backends.OPS})
 
 
 def compare(kernels, op: str, n: int, kind: str, dtype: torch.dtype, **options) -> None:
@@ -273,6 +279,22 @@ def test_a_list_that_falls_once(kernels, at):
         assert torch.equal(*out), f"seed {seed}"
 
 
+@pytest.mark.parametrize("again", [1, 30, 100, 250])
+@pytest.mark.parametrize("beyond", [1, 40, 400])
+def test_a_list_that_comes_back(kernels, beyond, again):
+    """Behind entries that point past the end of the gradient come some that do not: they count."""
+    n, k = 70_003, 900
+    torch.manual_seed(beyond + again)
+    values, index, starts = op_cases.message_rows(1, {"values": (k, torch.float32), "index": (k, torch.int16), "starts": (2, torch.int64)}, "cpu").values()
+    values[0] = torch.randn(k)
+    first = k - beyond - again
+    index[0] = torch.cat([torch.arange(first), 9000 + torch.arange(beyond), 2000 + torch.arange(again)]).to(torch.int16)  # of 4467 in the second tile
+    out = [torch.zeros(n) for _ in range(2)]
+    for backend, to in zip((kernels, reference), out):
+        backend.topk_decode_sum(to, 1.0, values, index, starts)
+    assert torch.equal(*out) and int((out[0] != 0).sum()) == first + again
+
+
 @pytest.mark.parametrize("k", [0, 2, 20, 32, 33, 1023, 1024])
 def test_any_share_of_a_block(kernels, k):
     """Few and many candidates, and lists that are longer than a warp is wide."""
@@ -317,7 +339,7 @@ def test_a_value_that_is_not_finite_spoils_its_stratum_alone(kernels, n, k):
         assert int(results[0]["values"].isnan().sum()) == 1
 
 
-def test_a_missing_barrier_is_seen(kernels, tmp_path):
+def test_a_missing_barrier_is_seen(tmp_path):
     """The emulator would not prove much if it did not notice: without one barrier the results differ."""
     for name in ("half.cu", "blocks.h", "launch.h", "run.h"):
         text = (build.ROOT / "csrc/cuda" / name).read_text().replace('"../', f'"{build.ROOT}/csrc/')
