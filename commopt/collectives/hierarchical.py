@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor
-from ..plan import Fields, Message, Part, Plan
+from ..plan import Fields, Message, Part, Plan, stretch
 from .link import Link
 from .phases import Phases, Prepared, together
-from .shards import Shards, kept_of
+from .shards import Shards
 
 
 def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
@@ -57,7 +57,7 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         exchanges = []
         for prepared, holders, s, e in inner:
             prepared.plan.step, prepared.plan.loss_scale = plan.step, plan.loss_scale
-            exchanges.append(prepared.begin(link.among(holders), total[s - start : e - start], kept_of(residual, s, e)))
+            exchanges.append(prepared.begin(link.among(holders), total[s - start : e - start], stretch(residual, s, e)))
         try:
             yield from together(exchanges)
         except Exception as error:  # the others in this node wait for what follows
@@ -67,7 +67,7 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         if failed:
             raise failed
         if before is not None:
-            _keep_lost(within.sum, before, kept_of(residual, start, stop), own_row, plan.loss_scale)
+            _keep_lost(within.sum, before, stretch(residual, start, stop), own_row, plan.loss_scale)
         within.decode(x)
         count_bytes()  # shards of lists are cut anew
 

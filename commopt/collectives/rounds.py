@@ -86,7 +86,7 @@ def _arrange(plan: Plan) -> tuple[list[Round], list, list]:
         for held, field in zip(taking, trip.views):
             held.append(field)
         if i == 0:
-            exactly = list(zip(places, trip.views[len(parts) :]))
+            exactly = [(place, values) for place, values in zip(places, trip.views[len(parts) :]) if values.numel()]
     return trips, [(part, backends.select(plan.device), fields) for part, fields in zip(parts, averaged)], exactly
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor
-from ..plan import Part, Plan
+from ..plan import Part, Plan, stretch
 
 
 class Shards:
@@ -41,15 +41,10 @@ class Shards:
     def encode(self, r: int, x: Tensor, residual: Tensor | None) -> None:
         """The message of rank r's shard, into the row that goes there; this rank's own as if it had arrived."""
         start, stop = self.spans[r]
-        self.messages[r].encode(x[start:stop], kept_of(residual, start, stop), self._shares[r], self.plan.draw, self.plan.loss_scale)
+        self.messages[r].encode(stretch(x, start, stop), stretch(residual, start, stop), self._shares[r], self.plan.draw, self.plan.loss_scale)
 
     def decode(self, x: Tensor) -> None:
         """x <- the mean of all ranks, from the sums."""
         for (start, stop), message, fields in zip(self.spans, self.messages, self._sums):
-            message.decode_sum(x[start:stop], self.plan.weight, fields)
+            message.decode_sum(stretch(x, start, stop), self.plan.weight, fields)
         self.plan.finite = [one for message, fields in zip(self.messages, self._sums) for one in message.finite(fields)]
-
-
-def kept_of(residual: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """A stretch of a residual [n] or [slots, n]."""
-    return None if residual is None else residual[..., start:stop]

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor
-from ..plan import Part, Plan
+from ..plan import Part, Plan, stretch
 from .link import Link
 from .phases import Phases, Prepared
-from .shards import Shards, kept_of
+from .shards import Shards
 
 
 def two_shot(
@@ -28,8 +28,8 @@ def two_shot(
             shards.encode(r, x, residual)
 
         def encode_sum(_: int) -> None:
-            total = x[start:stop] if wide is None else wide
-            shards.sum.resum(total, kept_of(residual, start, stop), shards.arrived, shards.own_sum, plan.draw, plan.loss_scale)
+            total = stretch(x, start, stop) if wide is None else wide
+            shards.sum.resum(total, stretch(residual, start, stop), shards.arrived, shards.own_sum, plan.draw, plan.loss_scale)
 
         failed = yield link.scatter(shards.departing, shards.arriving, shards.sizes, encode_share, plan.exchange)
         failed = yield link.gather(shards.sums, shards.sizes, encode_sum, plan.exchange, failed)

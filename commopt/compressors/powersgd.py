@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .adaptive_ranks import allocate, energies, energy, expected
-from .base import Compressor, register
+from .base import Compressor, all_finite, register
 from .bf16 import BF16
 from .none import NoCompression
 from .quantize import Int8
@@ -78,47 +78,49 @@ class PowerSGD(Compressor):
         ranks = kernels.notes.setdefault("ranks", [self.rank] * len(grads))
         left = lambda flat: _thin(flat, ranks, [g.shape[0] for g in grads])
         right = lambda flat: _thin(flat, ranks, [g.shape[1] for g in grads])
+        of_p, of_q, of_held = left(p), right(q), right(held)
 
         sums = grads  # A, in the place of a float32 gradient
         if p.dtype != tensors[0].dtype:
             flat = kernels.scratch("sums", torch.float32, sum(g.numel() for g in grads))
             sums = [t.view(g.shape) for t, g in zip(flat.split([g.numel() for g in grads]), grads)]
-        for g, r, a, p_i, q_i in zip(grads, kept, sums, left(p), right(held)):
+        for g, r, a, p_i, q_i in zip(grads, kept, sums, of_p, of_held):
             for rows in _blocks(a):
                 if a is not g:
                     a[rows].copy_(g[rows])
                 if r is not None:
                     torch.addcmul(a[rows], r[rows], kernels.loss_scale, out=a[rows])
                 torch.mm(q_i, a[rows].T, out=p_i[:, rows])
-        p[sum(p_i.numel() for p_i in left(p)) :].zero_()
+        _clear_behind(of_p, p)
         yield  # p = M Q
 
         double = wide[: p.numel()].copy_(p)
-        finite = [torch.isfinite(p_i).all() for p_i in left(p)]
+        finite = [all_finite(p_i) for p_i in of_p]
         _orthonormalize(left(double))
         p.copy_(double)
-        for a, p_i, q_i, fine in zip(sums, left(p), right(q), finite):
+        for a, p_i, q_i, fine in zip(sums, of_p, of_q, finite):
             p_i.masked_fill_(~fine, torch.nan)
             torch.mm(p_i, a, out=q_i)
-        q[sum(q_i.numel() for q_i in right(q)) :].zero_()
+        _clear_behind(of_q, q)
         yield  # q = M^T P
 
-        finite = [torch.isfinite(q_i).all() for q_i in right(q)]
+        finite = [all_finite(q_i) for q_i in of_q]
         decoded = kernels.scratch("decoded", torch.float32, max(a[rows].numel() for a in sums for rows in _blocks(a)))
-        for g, r, a, p_i, q_i, fine in zip(grads, kept, sums, left(p), right(q), finite):
+        for g, r, a, p_i, q_i, fine in zip(grads, kept, sums, of_p, of_q, finite):
             for rows in _blocks(a):
                 d = torch.mm(p_i[:, rows].T, q_i, out=decoded[: a[rows].numel()].view(a[rows].shape))
                 if r is not None:
                     _keep(r[rows], a[rows], d, kernels.loss_scale, fine)
                 g[rows].copy_(d)
         double = wide[: q.numel()].copy_(q)
-        for new, old in zip(right(double), right(held)):
+        new_held = right(double)
+        for new, old in zip(new_held, of_held):
             new.addcmul_(old.to(torch.float64), _HELD * torch.linalg.vector_norm(new) + 1e-100)
-        _orthonormalize(right(double))
+        _orthonormalize(new_held)
         torch.where(torch.stack(finite).all(), double.to(torch.float32), held, out=held)
         steps = kernels.notes["steps"] = kernels.notes.get("steps", 0) + 1
         if self.ranks == "adaptive" and steps % _PERIOD == 0 and all(finite):
-            self._choose_ranks(kernels, [tuple(g.shape) for g in grads], right(q), right(held))
+            self._choose_ranks(kernels, [tuple(g.shape) for g in grads], of_q, of_held)
 
     def _choose_ranks(self, kernels: Any, shapes: list[tuple[int, int]], sent: list[Tensor], directions: list[Tensor]) -> None:
         """Which directions each matrix keeps, by the energy that they have sent; new ones are drawn. All are moved to where
@@ -142,6 +144,12 @@ def _thin(flat: Tensor, ranks: list[int], lengths: list[int]) -> list[Tensor]:
     """The thin matrices [rank, length] that lie one after the other; what is behind them is not in use."""
     sizes = [r * length for r, length in zip(ranks, lengths)]
     return [t.view(r, -1) for t, r in zip(flat[: sum(sizes)].split(sizes), ranks)]
+
+
+def _clear_behind(thin: list[Tensor], flat: Tensor) -> None:
+    rest = flat[sum(t.numel() for t in thin) :]
+    if rest.numel():
+        rest.zero_()
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:
@@ -175,11 +183,12 @@ def _orthonormalize(thin: list[Tensor]) -> None:
         for rank in sorted({len(a) for a in thin}):
             _orthonormalize([a for a in thin if len(a) == rank])
         return
+    one = torch.eye(len(thin[0]), dtype=thin[0].dtype, device=thin[0].device)
     for _ in range(2):
         gram = torch.stack([a @ a.T for a in thin])
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         diagonal += _SHIFT * diagonal.sum(-1, keepdim=True) + 1e-300
         lower, _ = torch.linalg.cholesky_ex(gram)
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), upper=False)
+        inverse = torch.linalg.solve_triangular(lower, one, upper=False)
         for a, by in zip(thin, inverse):
             a.copy_(by @ a)

@@ -10,7 +10,7 @@ from torch.futures import Future
 from ..collectives import prepare
 from ..collectives.phases import Prepared
 from ..collectives.run import future_of
-from ..plan import Plan
+from ..plan import Plan, stretch
 from ..schedulers.late import laid_out
 from .traffic import Traffic
 
@@ -50,7 +50,7 @@ class Bucket:
         futures = []
         for piece in self.pieces:
             span = piece.plan.span
-            futures.append(self._exchange(traffic, piece, x[span], None if residual is None else residual[..., span], one_ended))
+            futures.append(self._exchange(traffic, piece, x[span], stretch(residual, span.start, span.stop), one_ended))
         return whole, futures
 
     def _exchange(self, traffic: Traffic, piece: Prepared, part: Tensor, residual: Tensor | None, ended: Callable[[], None] = lambda: None) -> Future:

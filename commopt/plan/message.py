@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .parts import Part, layout
+from .parts import Part, layout, stretch
 
 
 class Fields(NamedTuple):
@@ -48,7 +48,7 @@ class Message:
             into.exact.copy_(x[self.exact])
             x.index_fill_(0, self.exact, 0)
         for (part, kernels), fields in zip(self.ready(draw, loss_scale), into.of):
-            part.compressor.encode(kernels, x[part.start : part.stop], part.of(residual), *fields)
+            part.compressor.encode(kernels, stretch(x, part.start, part.stop), part.of(residual), *fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
 
@@ -66,14 +66,14 @@ class Message:
             _sum_in_order(rows.exact, into.exact)
         for (part, kernels), fields, summands in zip(self.ready(draw, loss_scale), into.of, rows.of):
             kept = part._replace(compressor=part.compressor.resent()).of(residual)
-            part.compressor.resum(kernels, total[part.start : part.stop], kept, summands, fields)
+            part.compressor.resum(kernels, stretch(total, part.start, part.stop), kept, summands, fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
 
     def decode_sum(self, out: Tensor, weight: float, rows: Fields) -> None:
         """out <- weight * the sum of the rows, in their order."""
         for part, kernels, fields in zip(self.parts, self.kernels, rows.of):
-            part.compressor.decode_sum(kernels, out[part.start : part.stop], weight, *fields)
+            part.compressor.decode_sum(kernels, stretch(out, part.start, part.stop), weight, *fields)
         if self.exact.numel():
             total = _sum_in_order(rows.exact, torch.empty_like(rows.exact[0]))
             out.index_copy_(0, self.exact, total.mul_(weight).to(out.dtype))

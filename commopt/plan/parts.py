@@ -52,8 +52,7 @@ class Part(NamedTuple):
 
     def of(self, residual: Tensor | None) -> Tensor | None:
         """Its stretch of that."""
-        kept = self.kept(residual)
-        return None if kept is None else kept[..., self.start : self.stop]
+        return stretch(self.kept(residual), self.start, self.stop)
 
     def within(self, start: int, stop: int) -> "Part":
         """What lies in a stretch of the bucket."""
@@ -64,6 +63,11 @@ class Part(NamedTuple):
         """With positions relative to another place, and another compressor perhaps."""
         tensors = tuple((at + by, shape) for at, shape in self.tensors)
         return Part(self.start + by, self.stop + by, compressor, tensors)
+
+
+def stretch(t: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """t[..., start:stop]; t itself where that is all of it, which is usual, since a view takes as long as a launch."""
+    return t if t is None or (start == 0 and stop == t.shape[-1]) else t[..., start:stop]
 
 
 def compressor_for(parameter: Parameter, default: Compressor, rules: dict[str, Compressor]) -> Compressor:
