@@ -17,8 +17,10 @@ def through(op: Callable, device: str) -> Callable:
             if not isinstance(arg, Tensor):
                 return arg
             storage = arg.untyped_storage()
-            here = torch.empty(0, dtype=torch.uint8).set_(storage)
-            _, copy = copies.setdefault(storage.data_ptr(), (here, here.to(device, copy=True)))
+            if storage.data_ptr() not in copies:
+                here = torch.empty(0, dtype=torch.uint8).set_(storage)
+                copies[storage.data_ptr()] = here, here.to(device, copy=True)
+            copy = copies[storage.data_ptr()][1]
             return torch.empty(0, dtype=arg.dtype, device=device).set_(copy.untyped_storage(), arg.storage_offset(), arg.shape, arg.stride())
 
         result = op(*map(there, args))

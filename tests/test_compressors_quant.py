@@ -247,7 +247,7 @@ def test_exact_positions_keep_no_residual(spec):
     for parts in ([Part(0, n, commopt.parse(spec))], [Part(0, 1000, commopt.parse("int4")), Part(1000, n, commopt.parse(spec))]):
         message = Message(parts, exact, torch.device("cpu"), "x", "x")
         row, residual = torch.zeros(message.nbytes, dtype=torch.uint8), torch.zeros(n)
-        message.encode(normal(n), residual, message.within(row), (0, 0), None)
+        message.encode(normal(n), residual, message.fields(row), (0, 0), None)
         assert not residual[exact].any()
         inside = torch.zeros(n, dtype=torch.bool)
         inside[exact] = True
@@ -255,7 +255,7 @@ def test_exact_positions_keep_no_residual(spec):
         cleared = message._lost_zeros.tolist()
         assert cleared == [] if spec == "int4" else cleared == [p for p in exact.tolist() if p >= parts[-1].start]
         out = torch.zeros(n)
-        message.decode_sum(out, 1.0, message.within(row[None]))
+        message.decode_sum(out, 1.0, message.fields(row[None]))
         same(out[exact], normal(n)[exact])
 
 

@@ -342,10 +342,10 @@ def test_what_is_not_finite_is_sent_on_seen_and_not_kept(spec, bad):
     message = Message([Part(0, n, commopt.parse(spec))], torch.empty(0, dtype=torch.int64), torch.device("cpu"), "w", "w")
     rows = torch.zeros(3, message.nbytes, dtype=torch.uint8)
     for row in range(3):
-        message.encode(normal(n, row), None, message.within(rows[row]), (0, 0), None)
-    finite = lambda some: all(message.finite(message.within(some)))
+        message.encode(normal(n, row), None, message.fields(rows[row]), (0, 0), None)
+    finite = lambda some: all(message.finite(message.fields(some)))
     assert finite(rows)
-    message.encode(x, None, message.within(rows[1]), (0, 1), None)
+    message.encode(x, None, message.fields(rows[1]), (0, 1), None)
     assert not finite(rows) and finite(rows[:1]) and finite(rows[2:])
 
 

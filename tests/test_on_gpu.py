@@ -62,7 +62,7 @@ def test_bits_of_the_reference(backend, op, dtype):
 ])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_bits_of_the_reference_over_many_blocks(backend, op, options):
-    """Two calls of top-k and threshold, of which the second goes on from what the first has left."""
+    """Top-k and threshold are called again and go on from what they have left."""
     compare(kernels_of(backend, op), op, 6_710_887, "heavy", torch.float32, rows=2, **options)
 
 
@@ -119,6 +119,24 @@ def test_nothing_is_lost(rank, world, spec):
         for (_, held), p in zip(named, ddp.module.parameters()):
             held.grad = p.grad.cpu()
         before = conserved(handle, named, [m.cpu() for m in means], before, f"step {step}")
+
+
+@pytest.mark.parametrize("schedule", ["pipelined", "decoupled"])
+@pytest.mark.parametrize("backend, world", [("nccl", 1), ("gloo", 2)])
+def test_steps_that_are_not_finite_are_counted(backend, world, schedule):
+    run(world, _counted, seconds=120, backend=backend, schedule=schedule)
+
+
+def _counted(rank: int, world: int, backend: str, schedule: str) -> None:
+    ddp, handle = on_the_gpu(backend, "int8", schedule, net=Given((100, 90), (7,), (64, 64)))
+    for step in range(20):
+        ddp.zero_grad()
+        given = ddp.module.random(rank, step)
+        if step % 5 == 3 and rank == world - 1:
+            given[step % 3].view(-1)[5] = torch.inf
+        ddp([g.cuda() for g in given]).backward()
+    handle.flush()
+    assert handle.stats()["nonfinite_steps"] == 4
 
 
 @pytest.mark.parametrize("schedule", ["plain", "with_optimizer", "priority", "decoupled"])

@@ -241,7 +241,7 @@ def test_int8_factors_are_messages_of_int8_with_a_scale_for_each_64():
         lane = trip.lanes[0]
         shard = 8 * -(-4 * side // 16)
         assert str(lane.way) == "int8:block=64" and lane.values.shape == (2, shard)
-        codes, scales = lane.departing
+        codes, scales = map(torch.cat, zip(*lane.means))
         assert codes.dtype == torch.int8 and codes.shape == (2, shard) and scales.shape == (2, -(-shard // 64))
         decoded = codes.float() * scales.repeat_interleave(64, 1)[:, :shard]
         same(held(plans[1], "trips")[0].departing, held(plans[0], "trips")[0].departing)

@@ -44,7 +44,7 @@ class Checker:
     def tensor(self, name: str, t, dtypes, shape: tuple) -> int | Tensor:
         """The address of t, or t; ValueError unless it has one of the dtypes, the shape (None: any), the device, dense rows."""
         dtypes = dtypes if isinstance(dtypes, (tuple, dict)) else (dtypes,)
-        if type(t) in _PLAIN and t.dtype in dtypes and t.layout is torch.strided and _fits(t, shape) and self._here(t.device):
+        if type(t) in _PLAIN and t.dtype in dtypes and t.layout is torch.strided and _fits(t, shape) and self._same(t.device):
             address = t.data_ptr()
             if address or t.numel() == 0:
                 return address if self.addresses else t
@@ -54,7 +54,7 @@ class Checker:
             f"{self.op}: {name} must be {wanted} [{sizes}], contiguous, on {self.device or self.device_type}, got {_got(t)}"
         )
 
-    def _here(self, device: torch.device) -> bool:
+    def _same(self, device: torch.device) -> bool:
         """Whether it is the device of this call, which the first tensor decides."""
         if self.device is None and device.type == self.device_type:
             self.device = device

@@ -13,7 +13,7 @@ def gather(plan: Plan) -> Prepared:
     """
     message = plan.message(0, plan.n, "gather")
     rows, sizes = plan.rows(message.nbytes), [message.nbytes] * plan.world
-    own, everyones = message.within(rows[plan.rank]), message.within(rows)
+    own, everyones = message.fields(rows[plan.rank]), message.fields(rows)
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
         def encode(_: int) -> None:

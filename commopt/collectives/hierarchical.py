@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor
-from ..plan import Fields, Message, Part, Plan, stretch
+from ..plan import Fields, Message, Part, Plan, narrow
 from .link import Link
 from .phases import Phases, Prepared, together
 from .shards import Shards
@@ -30,7 +30,6 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
     stretches = [_span([shards[s] for s in range(count) if held[node][s] == i]) for i in range(len(here))]
     within = Shards(plan, stretches, me, _intra)
     start, stop = stretches[me]
-    own_row = within.sum.within(within.sums[me : me + 1])
     total = torch.empty(stop - start, dtype=torch.float32, device=plan.device)
     lossy_result = node == 0 and any(part.compressor.ef for part in within.sum.parts)
     inner: list[tuple[Prepared, tuple[int, ...], int, int]] = []  # with the ranks that hold the shard, and where it is
@@ -57,7 +56,7 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         exchanges = []
         for prepared, holders, s, e in inner:
             prepared.plan.step, prepared.plan.loss_scale = plan.step, plan.loss_scale
-            exchanges.append(prepared.begin(link.among(holders), total[s - start : e - start], stretch(residual, s, e)))
+            exchanges.append(prepared.begin(link.among(holders), total[s - start : e - start], narrow(residual, s, e)))
         try:
             yield from together(exchanges)
         except Exception as error:  # the others in this node wait for what follows
@@ -67,8 +66,8 @@ def hierarchical(plan: Plan, prepare: Callable[[Plan], Prepared]) -> Prepared:
         if failed:
             raise failed
         if before is not None:
-            _keep_lost(within.sum, before, stretch(residual, start, stop), own_row, plan.loss_scale)
-        within.decode(x)
+            _keep_lost(within.sum, before, narrow(residual, start, stop), within.each_sum[me], plan.loss_scale)
+        plan.finite = within.decode(x)
         count_bytes()  # shards of lists are cut anew
 
     def count_bytes() -> None:

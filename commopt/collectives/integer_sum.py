@@ -59,7 +59,7 @@ def integer_sum(plan: Plan) -> Prepared:
             part.compressor.decode_shared(kernels, some, plan.weight, most, words, plan.world)
         for place, values in exactly:
             x[place] = (values * plan.weight).to(x.dtype)
-        plan.finite = [(maxima < _INFINITY).all()] + ([all_finite(exact)] if exact.numel() else [])
+        plan.finite = [(maxima < _INFINITY).all(), all_finite(exact)]
 
     plan.sends(2 * (plan.world - 1) * 4 * (maxima.numel() + codes.numel() + exact.numel()) // plan.world)
     return Prepared(plan, begin, phases=2, merges=False)

@@ -12,12 +12,11 @@ from ..wire import Layout
 
 class Lane(NamedTuple):
     """The values of a round that travel alike: as messages of `way`, one for each row of values, float32 [world, shard].
-    departing and arriving: the fields of those messages, each [world, count], in the round's rows of bytes. sent and came: those
-    of each row by itself, [count]; means: as a sum of one, [1, count]."""
+    arriving: the fields of those messages, each [world, count], in the round's rows of bytes. came: those of each row by itself,
+    [count]; sent: those of each row that departs; means: the same as a sum of one, [1, count]."""
 
     way: Compressor
     values: Tensor
-    departing: list[Tensor]
     arriving: list[Tensor]
     sent: list[list[Tensor]]
     came: list[list[Tensor]]
@@ -44,7 +43,7 @@ class Round:
             sent, came = ([[field[r] for field in fields] for r in range(world)] for fields in (departing, arriving))
             means = [[field[r : r + 1] for field in departing] for r in range(world)]
             values = torch.zeros(world, shard, dtype=torch.float32, device=device)
-            self.lanes.append(Lane(way, values, departing, arriving, sent, came, means))
+            self.lanes.append(Lane(way, values, arriving, sent, came, means))
         free = {lane.way: lane.values.view(-1) for lane in self.lanes}
         self.views: list[Tensor] = []
         for _, way, count in fields:
@@ -70,6 +69,6 @@ class Round:
         for rest in self._padding:  # where a NaN in its block would stay for the next step
             rest.zero_()
 
-    def finite(self) -> list[Tensor]:
-        """bools [], all of them true where no value is an infinity or a NaN."""
-        return [all_finite(lane.values) for lane in self.lanes if lane.values.numel()]
+    def finite(self) -> Tensor:
+        """Whether no value is an infinity or a NaN; bool []."""
+        return all_finite(*(lane.values for lane in self.lanes))

@@ -1,6 +1,5 @@
 from collections.abc import Generator
 
-import torch
 from torch import Tensor
 
 from .. import backends
@@ -26,7 +25,7 @@ def rounds(plan: Plan) -> Prepared:
     name = f"{plan.name}/rounds"
     message = Message(others, plan.exact[:0], plan.device, f"{name}/{plan.rank}", name) if others else None
     rows = plan.rows(message.nbytes if message else 0)
-    own, everyones = (message.within(rows[plan.rank]), message.within(rows)) if message else (None, None)
+    own, everyones = (message.fields(rows[plan.rank]), message.fields(rows)) if message else (None, None)
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
         steps, begun, failed = _steps(plan, methods, exactly, x, residual), -1, None
@@ -60,10 +59,11 @@ def rounds(plan: Plan) -> Prepared:
             next(step, None)
         if plan.weight != 1.0 / plan.world:
             x.mul_(plan.weight * plan.world)
-        plan.finite = [one for trip in trips for one in trip.finite()]
+        finite = [trip.finite() for trip in trips]
         if message is not None:
             message.decode_sum(x, plan.weight, everyones)
-            plan.finite += message.finite(everyones)
+            finite += message.finite(everyones)
+        plan.finite = finite
 
     plan.sends((plan.world - 1) * (sum(2 * trip.nbytes for trip in trips) + rows.shape[1]))
     return Prepared(plan, begin, phases=2 * len(trips) + (message is not None))

@@ -76,7 +76,7 @@ class Clock:
 
 
 def _seen(name: str) -> contextlib.AbstractContextManager:
-    """What a profiler sees as `commopt::name`. record_function takes its 10 us where none is at work, too."""
+    """What torch.profiler, and what works as it does, sees as `commopt::name`. record_function takes its 10 us where nobody looks, too."""
     return profiler.record_function(f"commopt::{name}") if getattr(profiler, "_is_profiler_enabled", True) else contextlib.nullcontext()
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor
-from ..plan import Part, Plan, stretch
+from ..plan import Part, Plan, narrow
 from .link import Link
 from .phases import Phases, Prepared
 from .shards import Shards
@@ -28,14 +28,14 @@ def two_shot(
             shards.encode(r, x, residual)
 
         def encode_sum(_: int) -> None:
-            total = stretch(x, start, stop) if wide is None else wide
-            shards.sum.resum(total, stretch(residual, start, stop), shards.arrived, shards.own_sum, plan.draw, plan.loss_scale)
+            total = narrow(x, start, stop) if wide is None else wide
+            shards.sum.resum(total, narrow(residual, start, stop), shards.arrived, shards.own_sum, plan.draw, plan.loss_scale)
 
         failed = yield link.scatter(shards.departing, shards.arriving, shards.sizes, encode_share, plan.exchange)
         failed = yield link.gather(shards.sums, shards.sizes, encode_sum, plan.exchange, failed)
         if failed:
             raise failed
-        shards.decode(x)
+        plan.finite = shards.decode(x)
 
     plan.sends(shards.sent, shards.size)
     return Prepared(plan, begin, phases=2)

@@ -48,16 +48,17 @@ class Compressor:
         raise NotImplementedError
 
     def encode(self, kernels: Any, x: Tensor, residual: Tensor | None, *fields: Tensor) -> None:
-        """fields <- C(x + residual), residual <- x + residual - decoded, by the ops of `kernels` (backends.select)."""
+        """fields <- C(x + residual), residual <- x + residual - decoded, by the ops of `kernels` (backends.select). Values of
+        the tensors change, never their shapes: they are the plan's, the same in each step."""
         raise NotImplementedError
 
     def decode_sum(self, kernels: Any, out: Tensor, weight: float, *fields: Tensor) -> None:
         """out <- weight * sum of the rows, in rank order. Fields are [rows, count]."""
         raise NotImplementedError
 
-    def finite(self, fields: dict[str, Tensor]) -> list[Tensor]:
-        """bools [], all of them true where no row of a message's fields, [rows, count] by name, shows an infinity or a NaN."""
-        return [all_finite(row) for row in fields[self.witness] if row.numel()]
+    def finite(self, fields: dict[str, Tensor]) -> Tensor:
+        """Whether no row of a message's fields, [rows, count] by name, shows an infinity or a NaN: bool []."""
+        return all_finite(*fields[self.witness])
 
     def takes(self, shape: torch.Size) -> bool:
         """Whether it compresses a tensor of this shape. What it does not take travels exactly."""
@@ -109,11 +110,16 @@ class Compressor:
         return self
 
 
-def all_finite(tensor: Tensor) -> Tensor:
-    """Whether its elements, of which there are some, are neither infinite nor NaN; bool []. One read, no copy, three launches on a
-    device: a NaN is both extremes, and zero times an infinite least one is a NaN."""
-    least, greatest = torch.aminmax(tensor)
-    return torch.sub(greatest, least, alpha=0) < torch.inf
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether they hold no infinity and no NaN; bool []. One read of each, no copy, and as few launches as there can be: a NaN is
+    both extremes, and zero times an infinity is a NaN."""
+    extremes = [torch.aminmax(tensor) for tensor in tensors if tensor.numel()]
+    if not extremes:
+        return torch.ones((), dtype=torch.bool, device=tensors[0].device)
+    if len(extremes) == 1:
+        (least, greatest), = extremes
+        return torch.sub(greatest, least, alpha=0) < torch.inf
+    return (torch.stack([extreme for both in extremes for extreme in both]) * 0 == 0).all()
 
 
 def compressors() -> dict[str, dict[str, tuple[type, Any]]]:

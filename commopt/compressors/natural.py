@@ -41,4 +41,4 @@ class Natural(Compressor):
         kernels.float_decode_sum(out, weight, codes, scales, None, "power", "e8m0", self.block)
 
     def finite(self, fields):
-        return [(fields["scales"] != 0xFF).all()]
+        return (fields["scales"] != 0xFF).all()

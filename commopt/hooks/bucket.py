@@ -2,7 +2,6 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
 
 from torch import Tensor
 from torch.futures import Future
@@ -10,7 +9,7 @@ from torch.futures import Future
 from ..collectives import prepare
 from ..collectives.phases import Prepared
 from ..collectives.run import future_of
-from ..plan import Plan, stretch
+from ..plan import Plan, narrow
 from ..schedulers.late import laid_out
 from .traffic import Traffic
 
@@ -39,7 +38,7 @@ class Bucket:
         zeros, and keeps its residual."""
         residual = None if joined else self.plan.residual
         if len(self.pieces) == 1:
-            future = self._exchange(traffic, self.pieces[0], x, residual)
+            future = traffic.exchange(self._ready(self.pieces[0]), x, residual)
             return future, [future]
         whole, ended = future_of(x), itertools.count(1)
 
@@ -50,12 +49,12 @@ class Bucket:
         futures = []
         for piece in self.pieces:
             span = piece.plan.span
-            futures.append(self._exchange(traffic, piece, x[span], stretch(residual, span.start, span.stop), one_ended))
+            futures.append(traffic.exchange(self._ready(piece), x[span], narrow(residual, span.start, span.stop), one_ended))
         return whole, futures
 
-    def _exchange(self, traffic: Traffic, piece: Prepared, part: Tensor, residual: Tensor | None, ended: Callable[[], None] = lambda: None) -> Future:
+    def _ready(self, piece: Prepared) -> Prepared:
         piece.plan.step, piece.plan.loss_scale, piece.plan.finite = self.plan.step, self.plan.loss_scale, []
-        return traffic.exchange(piece, part, residual, ended)
+        return piece
 
     def awaited(self, x: Tensor, parameters: list[Tensor], traffic: Traffic, futures: list[Future]) -> list[tuple[list[int], list[Tensor], list[Tensor], list[Future]]]:
         """What there is to wait for when `begin` has begun: numbers of exchanges, the parameters whose gradients they bring, those

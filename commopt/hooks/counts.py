@@ -25,10 +25,11 @@ class Counts:
 
     def see(self, plans: list[Plan], step: int) -> None:
         """Looks at the means that have come. A step counts once, however many ends its backward had. On a device the count
-        stays there: nobody waits for it."""
-        finite = [one for plan in plans for one in plan.finite]
+        stays there: nobody waits for it. Called, as nonfinite is, where exchanges run."""
+        finite: list[Tensor] = []
         for plan in plans:
-            plan.finite = []
+            seen, plan.finite = plan.finite, []
+            finite += seen
         if not finite:
             return
         now = torch.stack([f.to(finite[0].device) for f in finite]).all()
@@ -36,6 +37,5 @@ class Counts:
         self._seen, self._finite = step, was & now
         self._nonfinite = self._nonfinite + (was & ~now).to(torch.int64)
 
-    @property
     def nonfinite(self) -> int:
         return int(self._nonfinite)

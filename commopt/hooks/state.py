@@ -319,7 +319,12 @@ class State:
         return [bucket.plan for bucket in self._buckets.values()]
 
     def _count(self) -> None:
-        self._counts.see([piece.plan for bucket in self._buckets.values() for piece in bucket.pieces], self.step)
+        with self._traffic.beside(self._device):  # with some schedules nothing has waited yet for what is seen
+            self._counts.see([piece.plan for bucket in self._buckets.values() for piece in bucket.pieces], self.step)
+
+    def _nonfinite_steps(self) -> int:
+        with self._traffic.beside(self._device):
+            return self._counts.nonfinite()
 
     # --- what the user calls ---
 
@@ -395,7 +400,7 @@ class State:
             "deferred_steps": self._deferral.deferred_steps if self._deferral else 0,
             "early_steps": self._deferral.early_steps if self._deferral else 0,
             "residual_norm": self._residuals.norm(),
-            "nonfinite_steps": counts.nonfinite,
+            "nonfinite_steps": self._nonfinite_steps(),
             "spec": {plan.number: plan.describe()["specs"] for plan in self._plans},
         }
 

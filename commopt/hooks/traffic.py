@@ -1,5 +1,6 @@
 """What carries the messages of one handle: process groups, links and threads of its own."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -102,6 +103,10 @@ class Traffic:
     def free(self) -> None:
         """Frees the buffers of batches, which are made anew."""
         self._merged, self.travels_as = {}, {}
+
+    def beside(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """Where exchanges run on that device, after what is under way."""
+        return self._on(device)[1].stream.beside()
 
     @property
     def runners(self) -> list[Runner]:

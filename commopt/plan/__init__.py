@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..compressors import Compressor, parse
 from .message import Fields, Message
-from .parts import EXACT_BELOW, Parameter, Part, compressor_for, layout, split, stretch
+from .parts import EXACT_BELOW, Parameter, Part, compressor_for, layout, split, narrow
 
-__all__ = ["EXACT_BELOW", "Fields", "Message", "Parameter", "Part", "Plan", "compressor_for", "layout", "split", "stretch"]
+__all__ = ["EXACT_BELOW", "Fields", "Message", "Parameter", "Part", "Plan", "compressor_for", "layout", "narrow", "split"]
 
 GRAIN = 1024  # a shard or a piece begins at a multiple of this many elements
 PIECES = 8  # of a bucket at most: what is encoded before anything travels is an eighth, and a host's work is bounded

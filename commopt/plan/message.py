@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .parts import Part, layout, stretch
+from .parts import Part, layout, narrow
 
 
 class Fields(NamedTuple):
     """Where a message lies in a row of bytes, or each of several messages in its row: views of it, made once.
 
-    of: for each part, its fields. exact: the values that travel exactly, float32 [count], or [rows, count]."""
+    parts: of each part its fields. exact: the values that travel exactly, float32 [count], or [rows, count]."""
 
-    of: list[list[Tensor]]
+    parts: list[list[Tensor]]
     exact: Tensor
 
 
@@ -36,7 +36,7 @@ class Message:
         self._names = [[name for name, _, _ in part.fields] for part in parts]
         self.nbytes = self.layout.nbytes
 
-    def within(self, rows: Tensor) -> Fields:
+    def fields(self, rows: Tensor) -> Fields:
         """Of a row, uint8 [at least nbytes], or of rows, uint8 [rows, at least nbytes]."""
         *views, exact = self.layout.views(rows)
         views = iter(views)
@@ -47,8 +47,8 @@ class Message:
         if self.exact.numel():
             into.exact.copy_(x[self.exact])
             x.index_fill_(0, self.exact, 0)
-        for (part, kernels), fields in zip(self.ready(draw, loss_scale), into.of):
-            part.compressor.encode(kernels, stretch(x, part.start, part.stop), part.of(residual), *fields)
+        for (part, kernels), fields in zip(self.ready(draw, loss_scale), into.parts):
+            part.compressor.encode(kernels, narrow(x, part.start, part.stop), part.of(residual), *fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
 
@@ -64,23 +64,23 @@ class Message:
         """into <- the message of the sum of the rows and the residual. into: of a row. total: float32 [n], to work in."""
         if self.exact.numel():
             _sum_in_order(rows.exact, into.exact)
-        for (part, kernels), fields, summands in zip(self.ready(draw, loss_scale), into.of, rows.of):
+        for (part, kernels), fields, summands in zip(self.ready(draw, loss_scale), into.parts, rows.parts):
             kept = part._replace(compressor=part.compressor.resent()).of(residual)
-            part.compressor.resum(kernels, stretch(total, part.start, part.stop), kept, summands, fields)
+            part.compressor.resum(kernels, narrow(total, part.start, part.stop), kept, summands, fields)
         if residual is not None and self._lost_zeros.numel():
             residual.index_fill_(-1, self._lost_zeros, 0)
 
     def decode_sum(self, out: Tensor, weight: float, rows: Fields) -> None:
         """out <- weight * the sum of the rows, in their order."""
-        for part, kernels, fields in zip(self.parts, self.kernels, rows.of):
-            part.compressor.decode_sum(kernels, stretch(out, part.start, part.stop), weight, *fields)
+        for part, kernels, fields in zip(self.parts, self.kernels, rows.parts):
+            part.compressor.decode_sum(kernels, narrow(out, part.start, part.stop), weight, *fields)
         if self.exact.numel():
             total = _sum_in_order(rows.exact, torch.empty_like(rows.exact[0]))
             out.index_copy_(0, self.exact, total.mul_(weight).to(out.dtype))
 
     def finite(self, rows: Fields) -> list[Tensor]:
         """bools [], all of them true where no row shows an infinity or a NaN."""
-        seen = [one for part, names, fields in zip(self.parts, self._names, rows.of) for one in part.compressor.finite(dict(zip(names, fields)))]
+        seen = [part.compressor.finite(dict(zip(names, fields))) for part, names, fields in zip(self.parts, self._names, rows.parts)]
         return seen + ([(rows.exact * 0 == 0).all()] if rows.exact.numel() else [])
 
 

@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
     def of(self, residual: Tensor | None) -> Tensor | None:
         """Its stretch of that."""
-        return stretch(self.kept(residual), self.start, self.stop)
+        return narrow(self.kept(residual), self.start, self.stop)
 
     def within(self, start: int, stop: int) -> "Part":
         """What lies in a stretch of the bucket."""
@@ -65,7 +65,7 @@ class Part(NamedTuple):
         return Part(self.start + by, self.stop + by, compressor, tensors)
 
 
-def stretch(t: Tensor | None, start: int, stop: int) -> Tensor | None:
+def narrow(t: Tensor | None, start: int, stop: int) -> Tensor | None:
     """t[..., start:stop]; t itself where that is all of it, which is usual, since a view takes as long as a launch."""
     return t if t is None or (start == 0 and stop == t.shape[-1]) else t[..., start:stop]
 
