@@ -204,7 +204,7 @@ def test_a_step_that_is_not_finite_is_seen_by_all_and_forgotten(bad, where, valu
             if step == "bad":
                 xs[1][where] = bad
             exchange(plans, xs, residuals)
-            assert [all(plan.finite) for plan in plans] == [step != "bad"] * 2
+            assert [bool(plan.finite) and all(plan.finite) for plan in plans] == [step != "bad"] * 2
             finite = [torch.isfinite(x) for x in xs]
             same(finite[0], finite[1])
             assert bool(finite[0].all()) == (step != "bad")

@@ -18,8 +18,6 @@ _DENSE = (torch.float32, torch.bfloat16)
 _ELEMENT = {"e4m3": 0, "e5m2": 1, "e2m1": 2, "power": 3}  # Element in csrc/ops.h
 _SCALING = {"float32": 0, "e8m0": 1, "e4m3": 2}  # Scaling in csrc/ops.h
 _SCALED = {"e4m3": ("float32", "e8m0"), "e5m2": ("float32", "e8m0"), "e2m1": ("e8m0", "e4m3"), "power": ("e8m0",)}
-
-
 _PLAIN = (Tensor, torch.nn.Parameter)  # others, such as those of a tracer, may have no memory
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..compressors import Compressor, parse
 from .message import Fields, Message
-from .parts import EXACT_BELOW, Parameter, Part, compressor_for, layout, split, narrow
+from .parts import EXACT_BELOW, Parameter, Part, compressor_for, layout, narrow, split
 
 __all__ = ["EXACT_BELOW", "Fields", "Message", "Parameter", "Part", "Plan", "compressor_for", "layout", "narrow", "split"]
 

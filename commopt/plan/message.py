@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..compressors import all_finite
 from .parts import Part, layout, narrow
 
 
@@ -81,7 +82,7 @@ class Message:
     def finite(self, rows: Fields) -> list[Tensor]:
         """bools [], all of them true where no row shows an infinity or a NaN."""
         seen = [part.compressor.finite(dict(zip(names, fields))) for part, names, fields in zip(self.parts, self._names, rows.parts)]
-        return seen + ([(rows.exact * 0 == 0).all()] if rows.exact.numel() else [])
+        return seen + ([all_finite(rows.exact)] if rows.exact.numel() else [])
 
 
 def _sum_in_order(rows: Tensor, total: Tensor) -> Tensor:

@@ -159,12 +159,14 @@ template <class T> struct Gradient {
     load8(x + first, x_aligned, count, v);
     if (residual) load8(residual + first, residual_aligned, count, old);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) acc[i] = canonical(residual ? accumulate(widen(v[i]), old[i], scale) : widen(v[i]));
+    for (int i = 0; i < kGroup; ++i) acc[i] = joined(widen(v[i]), old[i], scale);
   }
 
+  // A value with what was kept of it, if anything is kept.
+  __device__ __forceinline__ float joined(float v, float old, float scale) const { return canonical(residual ? accumulate(v, old, scale) : v); }
+
   __device__ __forceinline__ float at(int64_t i, float scale) const {
-    float v = widen(x[i]);
-    return canonical(residual ? accumulate(v, residual[i], scale) : v);
+    return joined(widen(x[i]), residual ? residual[i] : 0.0f, scale);
   }
 };
 

@@ -103,10 +103,7 @@ template <int BITS> struct Total : Gradient<float> {
     if (residual) load8(residual + first, residual_aligned, count, old);  // on its way while the rows are added
     sum_rows(message, rows, first / kGroup, count, acc);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      float total = i < count ? acc[i] : 0.0f;
-      acc[i] = canonical(residual ? accumulate(total, old[i], scale) : total);
-    }
+    for (int i = 0; i < kGroup; ++i) acc[i] = joined(i < count ? acc[i] : 0.0f, old[i], scale);
   }
 };
 

@@ -8,6 +8,7 @@
 // compares each entry that it adds with the one before it. Where a block's part ends the next one's begins, whatever the list
 // holds, and the last one's ends with the list: all entries are seen. A hostile list may not rise: a second kernel, which else ends
 // at once, then does all of it again, one entry after the other, so that the sum has the bits of the reference.
+#include <algorithm>
 #include <atomic>
 
 #include "lists.h"
@@ -24,8 +25,8 @@ constexpr int kRows = 32;  // rows of which a block knows the lists at once
 constexpr int kAhead = 8;  // rows whose entries are read at once
 constexpr int kEach = 4;   // entries of a thread at once, when adding to the residual
 constexpr int kChunk = kEach * kThreads;
-constexpr int kMostBlocks = 1024;
-constexpr int kInTurnBlocks = 128;  // which nearly always have nothing to do
+constexpr int64_t kMostBlocks = 1024;
+constexpr int64_t kInTurnBlocks = 128;  // which nearly always have nothing to do
 constexpr int kCalls = 4096;  // that can be under way at a time
 
 // The number of a call with a list that does not rise, at that number modulo kCalls.
@@ -222,8 +223,6 @@ __global__ void __launch_bounds__(kThreads, 4) add_to_residual(SparseAdd op) {
   }
 }
 
-int64_t at_most(int64_t most, int64_t blocks) { return blocks < most ? blocks : most; }
-
 }  // namespace
 
 void run(const TopkDecodeSum& op, cudaStream_t stream) {
@@ -235,14 +234,14 @@ void run(const TopkDecodeSum& op, cudaStream_t stream) {
     using T = decltype(type);
     T* out = static_cast<T*>(op.out.out);
     LAUNCH(decode<T>, units, kThreads, stream, out, aligned16(op.out.out), op, call);
-    LAUNCH(decode_in_turn<T>, at_most(kInTurnBlocks, units), kThreads, stream, out, aligned16(op.out.out), op, call);
+    LAUNCH(decode_in_turn<T>, std::min(units, kInTurnBlocks), kThreads, stream, out, aligned16(op.out.out), op, call);
   });
   check("topk_decode_sum");
 }
 
 void run(const SparseAdd& op, cudaStream_t stream) {
   if (op.n == 0 || op.k == 0) return;
-  LAUNCH(add_to_residual, at_most(kMostBlocks, ceil_div(op.n, kTile)), kThreads, stream, op);
+  LAUNCH(add_to_residual, std::min(ceil_div(op.n, kTile), kMostBlocks), kThreads, stream, op);
   check("sparse_add");
 }
 
