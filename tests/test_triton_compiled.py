@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,11 @@ else:
         kernel, given, options = launch
         return triton.compile(ASTSource(kernel, *signature(kernel, given, wide)), target=target, options=options)
 
+    def all_compiled(launches: list, target: GPUTarget, wide: bool = False) -> list[tuple[str, dict]]:
+        """Each kernel's name and its code in all stages."""
+        with ThreadPoolExecutor(2) as pool:
+            return [(launch[0].__name__, made.asm) for launch, made in zip(launches, pool.map(lambda launch: compiled(launch, target, wide), launches))]
+
     def every_kernel(ops) -> None:
         n = 3 * 4096
         op_cases.run(ops, "dense", n, "normal", torch.bfloat16, values=torch.bfloat16)
@@ -127,30 +134,35 @@ else:
         assert launched == defined
 
     def test_other_ways_to_launch(monkeypatch):
-        for launch in recorded(every_way, monkeypatch):
-            compiled(launch, GPUTarget("cuda", 90, 32), wide=True)
+        assert all_compiled(recorded(every_way, monkeypatch), GPUTarget("cuda", 90, 32), wide=True)
 
     @pytest.mark.parametrize("capability", [80, 90, 100])
-    def test_nvidia(capability, monkeypatch, tmp_path):
-        for launch in recorded(every_kernel, monkeypatch):
-            name, made = launch[0].__name__, compiled(launch, GPUTarget("cuda", capability, 32))
-            ptx = made.asm["ptx"]
-            assert not re.search(r"\bfma\.", ptx), name
-            assert ".ftz" not in ptx, name
-            assert not re.search(r"\bdiv\.(full|approx)|\brcp\.", ptx), name
-            if capability != 90:
-                continue  # their machine code is made as that of 90
-            (tmp_path / "cubin").write_bytes(made.asm["cubin"])
-            sass = subprocess.run([NVDISASM, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
-            assert "FADD" in sass or name in ("topk_scan", "bits_pack", "bits_unpack", "eliasfano_pack", "eliasfano_count", "eliasfano_unpack", "threshold_begin", "threshold_finish"), name
-            # An IEEE division is five FFMA, and eleven more for all that need the slow way; a fused tile would add 16.
-            divisions, fused = len(re.findall(r"\bdiv\.rn", ptx)), len(re.findall(r"\bFFMA", sass))
-            assert fused <= (5 * divisions + 12 if divisions else 0), f"{name}: {fused} FFMA for {divisions} divisions"
+    def test_nvidia(capability, monkeypatch):
+        kernels = all_compiled(recorded(every_kernel, monkeypatch), GPUTarget("cuda", capability, 32))
+        for name, asm in kernels:
+            assert not re.search(r"\bfma\.", asm["ptx"]), name
+            assert ".ftz" not in asm["ptx"], name
+            assert not re.search(r"\bdiv\.(full|approx)|\brcp\.", asm["ptx"]), name
+        if capability == 90:  # the machine code of the others is made in the same way
+            with ThreadPoolExecutor(2) as pool:
+                for (name, asm), sass in zip(kernels, pool.map(lambda kernel: disassembled(kernel[1]["cubin"]), kernels)):
+                    check_machine_code(name, asm["ptx"], sass)
+
+    def disassembled(cubin: bytes) -> str:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(cubin)
+            file.flush()
+            return subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+    def check_machine_code(name: str, ptx: str, sass: str) -> None:
+        assert "FADD" in sass or name in ("topk_scan", "bits_pack", "bits_unpack", "eliasfano_pack", "eliasfano_count", "eliasfano_unpack", "threshold_begin", "threshold_finish"), name
+        # An IEEE division is five FFMA, and eleven more for all that need the slow way; a fused tile would add 16.
+        divisions, fused = len(re.findall(r"\bdiv\.rn", ptx)), len(re.findall(r"\bFFMA", sass))
+        assert fused <= (5 * divisions + 12 if divisions else 0), f"{name}: {fused} FFMA for {divisions} divisions"
 
     def test_amd(monkeypatch):
-        for launch in recorded(every_kernel, monkeypatch):
-            name, made = launch[0].__name__, compiled(launch, GPUTarget("hip", "gfx942", 64))
-            code = made.asm["amdgcn"]
+        for name, asm in all_compiled(recorded(every_kernel, monkeypatch), GPUTarget("hip", "gfx942", 64)):
+            code = asm["amdgcn"]
             divisions = len(re.findall(r"\bv_div_fmas_f32", code))
             fused = len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|fmaak|fmamk|mad|mac)_(?:legacy_)?f32", code))
             assert fused == 5 * divisions or name == "threshold_finish", f"{name}: {fused} fused operations for {divisions} divisions"

@@ -15,7 +15,7 @@ from torch.futures import Future
 
 from .. import __version__
 from ..collectives.run import Runner, future_of
-from ..compressors import STEADY, Compressor, parse
+from ..compressors import Compressor, parse
 from ..plan import Parameter, Plan
 from ..residual import Residuals
 from ..schedulers import Schedule, parse_schedule
@@ -29,9 +29,11 @@ from ..schedulers.order import Planner, Profile
 from .agreement import agree, nodes
 from .bucket import Bucket
 from .counts import Counts
+from .course import Course
 from .exposed import Exposed
 from .grad_scaler import LossScale, scaled
 from .traffic import Traffic
+from .whereabouts import Whereabouts
 
 log = logging.getLogger("commopt")
 
@@ -59,11 +61,10 @@ class State:
             raise RuntimeError("commopt needs a process group: call torch.distributed.init_process_group first")
         wrong = None
         try:
-            self._understand(spec, schedule, rules or {}, start_step)
+            self._course, self.schedule = Course(spec, rules or {}, start_step), parse_schedule(schedule)
         except ValueError as error:  # raised when the others know of it: they would wait
             wrong = error
-        self.start_step, self.seed = start_step, seed
-        self.step = -1
+        self.seed, self.step = seed, -1
         module = getattr(model, "module", model)
         ignored = getattr(model, "parameters_to_ignore", ())  # by DDP
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and n not in ignored]
@@ -78,14 +79,14 @@ class State:
             "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
         }
         agree(self._traffic.control, facts)
+        self._whereabouts = Whereabouts(self._traffic.alarm.store, self._traffic.control)
         self._nodes = nodes(self._traffic.control)
         if wrong:
             raise wrong
         if self.world == 1:
             log.warning("commopt: the group has one rank, so there is nothing to exchange; gradients are compressed all the same")
         self._buckets: dict[tuple[int, ...], Bucket] = {}  # by the ids of the parameters
-        self._active: tuple[Compressor, dict[str, Compressor]] | None = None  # spec and rules of this step; None is exact
-        self._paused = False
+        self._loaded = False  # since the last step began
         self._residuals = Residuals()
         self._loss_scale = LossScale()
         self._exchanged: set[str] = set()  # the parameters that this step has begun to exchange
@@ -101,12 +102,6 @@ class State:
         self._said = False
         self._logged = -1  # the last step that was given to the sinks
         self._counts = Counts()
-
-    def _understand(self, spec: str | Compressor, schedule: str | Schedule, rules: dict[str, str | Compressor], start_step: int) -> None:
-        self.spec, self.schedule = parse(spec), parse_schedule(schedule)
-        self.rules = {patterns: parse(rule) for patterns, rule in rules.items()}
-        if not isinstance(start_step, int) or start_step < 0:
-            raise ValueError(f"start_step must be the number of a step, 0 or more, got {start_step!r}")
 
     def _defer(self, model: torch.nn.Module, module: torch.nn.Module) -> Deferral | None:
         """What has gradients awaited, where the schedule wants that and the model allows it."""
@@ -128,7 +123,7 @@ class State:
         held, alarm, control = weakref.ref(self), self._traffic.alarm, self._traffic.control  # a hook of the model may outlive the handle
         handle = Handle(
             begin=lambda x, parameters, last: held()._begin_late(x, parameters, last), waiting=lambda: held()._exposed.waiting(held()._device),
-            ended=alarm.raise_known, agree=lambda facts: agree(control, facts), scaled=scaled, average=self._traffic.average)
+            ended=alarm.raise_known, agree=lambda facts: agree(control, facts), scaled=scaled, average=lambda tensors: held()._bring_together(tensors))
         return (Halves if self.schedule.correction == "half" else LocalFirst)(module, self._keep_alive, handle)
 
     # --- one bucket ---
@@ -225,7 +220,7 @@ class State:
             self._delay.land()
         names = {p.name for p in known}
         self._buckets = {k: b for k, b in self._buckets.items() if names.isdisjoint(p.name for p in b.plan.parameters)}
-        spec, rules = (self._active if not x.is_sparse else None) or (parse("none"), {})
+        spec, rules = (self._course.now if not x.is_sparse else None) or (parse("none"), {})
         plan = Plan(next(self._plan_numbers), known, x.dtype, x.device, spec, rules, self.rank, self.world, self.seed, self._nodes)
         if self.schedule.splits_sums and not x.is_sparse:
             plan.split_sum()
@@ -244,20 +239,24 @@ class State:
         self._finish()
         if self._deferring and self.step >= 0:
             self._traffic.alarm.raise_if_any(self.step)
-        if self._planner:
-            self._plan_order(now)
         opens = self._delay is None or self._delay.opens  # and is not the second half of a step
         self.step += opens
         self._counts.steps += opens
         self._exchanged.clear()
         self._traffic.drop_batch()  # what a backward left that did not end
-        active, compressed = None, self.step - self.start_step
-        if compressed >= 0 and not self._paused:
-            active = self._compressors(compressed)
-        if active != self._active:
+        turns, loaded, self._loaded = self._course.turn(self.step), self._loaded, False
+        here = f"step {self.step} with {self._course}"
+        if turns or loaded:  # others may not have been told to
+            self._traffic.finish()
+            self._whereabouts.meet(here)
+        else:
+            self._whereabouts.pass_by(here)
+        if self._planner:
+            self._plan_order(now)
+        if turns:
             if self._delay is not None:
                 self._delay.land()
-            self._active, self._buckets = active, {}
+            self._buckets = {}
         if not self._buckets or self.step < 2:
             self._loss_scale.find()
         if self._loss_scale.updated():
@@ -280,10 +279,6 @@ class State:
                 self._planner.observe(None if uses is None else Profile.of(log, self._computed, uses, now), self._traffic.control)
             launcher.begin(self._planner.order)
 
-    def _compressors(self, compressed: int) -> tuple[Compressor, dict[str, Compressor]]:
-        """Spec and rules in the given compressed step, counted from 0."""
-        return self.spec.at(compressed), {patterns: rule.at(compressed) for patterns, rule in self.rules.items()}
-
     def _end_step(self, backward_done) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
         on all ranks, with the reducer in good order."""
@@ -298,7 +293,7 @@ class State:
             self._traffic.alarm.raise_if_any(self.step)
         if self._delay is not None and self._all_begun:
             self._delay.backward_is_over()
-        if not self._said and self._active is not None:
+        if not self._said and self._course.now is not None:
             self._said = True
             if self.rank == 0:
                 _say(str(self))
@@ -307,11 +302,28 @@ class State:
                 sink(self.stats(), self.step)
         self._logged = self.step
 
+    def _meet(self, where: str) -> None:
+        """Returns when all ranks are about to do what only all can do; else all get the same error."""
+        self._finish()
+        self._traffic.finish()
+        try:
+            self._whereabouts.meet(f"{where} after step {self.step}")
+        except Exception as error:
+            self._fail(error, f"in {where}")
+            self._traffic.alarm.raise_known()
+
+    def _bring_together(self, tensors: list[Tensor]) -> None:
+        """Replaces replicas by their mean."""
+        self._meet("bringing replicas together")
+        self._traffic.average(tensors)
+
     def _hook_failed(self, error: Exception) -> None:
         self._fail(error, "in the hook")
         self._traffic.alarm.leave()
 
     def _fail(self, error: Exception, where: str) -> None:
+        if isinstance(error, ConnectionError):
+            error = ConnectionError(f"{error}. Where the ranks came by last:\n{self._whereabouts.of_all()}")
         self._traffic.alarm.post(error, where, self.step)
 
     @property
@@ -329,30 +341,35 @@ class State:
     # --- what the user calls ---
 
     @property
+    def spec(self) -> Compressor:
+        return self._course.spec
+
+    @property
     def plan(self) -> list[dict]:
         """What was decided for each bucket."""
         return [bucket.describe() for bucket in self._buckets.values()]
 
     def set(self, spec: str | Compressor) -> None:
         """Compresses with another spec from the next step on. All ranks call it between the same two steps."""
-        self.spec = parse(spec)
+        self._course.spec = parse(spec)
         self._said = False
 
     def pause(self) -> None:
         """Averages exactly from the next step on; residuals wait. All ranks call it between the same two steps."""
-        self._paused = True
+        self._course.paused = True
 
     def resume(self) -> None:
-        self._paused = False
+        """Compresses again from the next step on. All ranks call it between the same two steps."""
+        self._course.paused = False
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Backward passes in this block average exactly."""
-        was, self._paused = self._paused, True
+        """Backward passes in this block average exactly, on all ranks."""
+        was, self._course.paused = self._course.paused, True
         try:
             yield
         finally:
-            self._paused = was
+            self._course.paused = was
 
     def flush(self) -> None:
         """Returns when all gradients have come and all steps that optimizers were asked for are taken. A use of a gradient or a
@@ -372,7 +389,7 @@ class State:
         if self._delay is not None:
             self._delay.stop()
             self._delay = None
-        self._paused, self._residuals = True, Residuals()
+        self._course.paused, self._residuals = True, Residuals()
         self._buckets = {}
         self._traffic.free()
 
@@ -411,6 +428,7 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, loadable with torch.load's default. A collective call: every rank gets the mean residual, so the
         file of any one rank is complete and any number of ranks can load it."""
+        self._meet("state_dict")
         self.flush()
         return {"version": 1, "spec": str(self.spec), "step": self.step, "residual": self._residuals.mean(self._traffic.control)}
 
@@ -422,15 +440,16 @@ class State:
         self.flush()
         self._residuals.load(state["residual"], {p.name: p.numel for p in self._parameters.values()})
         self.step = state["step"]
+        self._loaded = True
         self._exchanged = {p.name for p in self._parameters.values()}  # so that the next exchange begins a step
 
     def __str__(self) -> str:
         raw, sent = (sum(d[k] for d in self.plan) for k in ("bytes_raw", "bytes_sent"))
-        text = (f"commopt: {self.spec}, {self.schedule}, on {len(self._plans)} buckets from step {self.start_step} on, "
+        text = (f"commopt: {self.spec}, {self.schedule}, on {len(self._plans)} buckets from step {self._course.start_step} on, "
                 f"{raw / 1e6:.1f} MB of gradients as {sent / 1e6:.1f} MB per rank and step")
-        if self._active != self._compressors(STEADY):
+        if self._course.warming_up:
             text += " during the warm-up"
-        if self._active is not None and self.spec.name != "none" and all(plan.summed for plan in self._plans):
+        if self._course.now is not None and self.spec.name != "none" and all(plan.summed for plan in self._plans):
             text += "; nothing is compressed, since that would send no less"
         return text
 
