@@ -25,7 +25,7 @@ from ..schedulers.halves import Halves
 from ..schedulers.late import Handle
 from ..schedulers.launcher import Launcher
 from ..schedulers.local_first import LocalFirst
-from ..schedulers.order import Planner, Profile
+from ..schedulers.order import Planner
 from .agreement import agree, nodes
 from .bucket import Bucket
 from .counts import Counts
@@ -96,8 +96,6 @@ class State:
         self._deferral = self._defer(model, module)
         self._delay = self._be_late(module)
         self._planner = Planner() if self.schedule.planned else None
-        self._uses: list[tuple[list[int], float, float]] | None = []  # since the last backward: exchanges, when asked for, how long that waited
-        self._computed = 0.0  # when backward was over
         self._exposed, self._device = Exposed(), self._keep_alive[0].device if named else torch.device("cpu")
         self._said = False
         self._logged = -1  # the last step that was given to the sinks
@@ -199,8 +197,8 @@ class State:
         began = time.perf_counter()
         with self._exposed.waiting(self._device):
             yield
-        if self._planner and self._uses is not None:
-            self._uses.append((numbers, began, time.perf_counter() - began))
+        if self._planner:
+            self._planner.used(numbers, began)
 
     def _send(self, x: Tensor, bucket: Bucket, joined: bool) -> tuple[Future, list[Future]]:
         plan = bucket.plan
@@ -252,7 +250,7 @@ class State:
         else:
             self._whereabouts.pass_by(here)
         if self._planner:
-            self._plan_order(now)
+            self._planner.begin_step(self._traffic.runners, now, self._traffic.control)
         if turns:
             if self._delay is not None:
                 self._delay.land()
@@ -269,15 +267,6 @@ class State:
             self._deferral.forget()
             self._traffic.finish()
         self._count()
-
-    def _plan_order(self, now: float) -> None:
-        """The order in which the next step's exchanges are launched."""
-        uses, self._uses = self._uses, []
-        for launcher in self._traffic.runners:  # of one device: DDP has no more
-            log = launcher.round.log
-            if log.done and self._buckets:
-                self._planner.observe(None if uses is None else Profile.of(log, self._computed, uses, now), self._traffic.control)
-            launcher.begin(self._planner.order)
 
     def _end_step(self, backward_done) -> None:
         """Runs when backward is over and DDP has the gradients. Here, and only here, errors are raised: from backward(),
@@ -378,7 +367,8 @@ class State:
         if self._delay is not None:
             self._delay.flush()
         self._finish()
-        self._uses = None  # which tell nothing about when a forward uses what
+        if self._planner:
+            self._planner.flushed()
 
     def detach(self) -> None:
         """Averages exactly for ever and frees residuals and messages. DDP keeps a hook until it is deleted."""
@@ -485,7 +475,9 @@ def _after_backward(state: State) -> None:
         state._traffic.close_batch()  # DDP has a last bucket, but not in every mode
         if not state._deferring:
             state._traffic.close()
-        state._computed, began = time.perf_counter(), state._exposed.begin(state._device)
+        if state._planner:
+            state._planner.backward_is_over()
+        began = state._exposed.begin(state._device)
         engine.queue_callback(lambda: state._end_step(began))
 
     engine.queue_callback(before)

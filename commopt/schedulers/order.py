@@ -16,12 +16,13 @@ when the one before it has ended, its exchange is ready and the phase before it 
 """
 
 import statistics
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from .launcher import Launch, Log
+from .launcher import Launch, Launcher, Log
 
 _DUE = (3, 8, 24)  # steps of the same buckets after which they are planned; then after every
 _EVERY = 64
@@ -165,15 +166,37 @@ class Planner:
     def __init__(self):
         self.order: list[Launch] = []
         self.predicted: float | None = None  # seconds of a step in this order
+        self._uses: list[tuple[list[int], float, float]] | None = []  # since the last backward; None: they tell nothing
+        self._backward = 0.0  # when it was over
         self.reset()
 
     def reset(self) -> None:
         """The buckets are others, or what they send is. All ranks call it in the same step."""
         self.order, self.predicted, self._steps, self._profiles = [], None, 0, []
 
-    def observe(self, profile: Profile | None, group: dist.ProcessGroup) -> None:
-        """A step is over, of which nothing was measured if a flush ended it. In some steps, the same on all ranks, a
-        collective call."""
+    def backward_is_over(self) -> None:
+        self._backward = time.perf_counter()
+
+    def used(self, exchanges: list[int], began: float) -> None:
+        """Computation has waited for them since then."""
+        if self._uses is not None:
+            self._uses.append((exchanges, began, time.perf_counter() - began))
+
+    def flushed(self) -> None:
+        """All has been waited for at once, which tells nothing about when a forward uses what."""
+        self._uses = None
+
+    def begin_step(self, launchers: list[Launcher], now: float, group: dist.ProcessGroup) -> None:
+        """Gives them, one for each device, the order of the step that has begun. In some steps, the same on all ranks, a
+        collective call. now: when its first bucket was handed in."""
+        uses, self._uses = self._uses, []
+        for launcher in launchers:  # of one device: DDP has no more
+            log = launcher.round.log
+            if log.done:
+                self._observe(None if uses is None else Profile.of(log, self._backward, uses, now), group)
+            launcher.begin(self.order)
+
+    def _observe(self, profile: Profile | None, group: dist.ProcessGroup) -> None:
         self._steps += 1
         self._profiles = [*self._profiles[-4:], profile] if profile else self._profiles
         if self._steps not in _DUE and self._steps % _EVERY:
