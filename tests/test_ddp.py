@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commopt
 from commopt.collectives.link import Link
+from commopt.compressors import overview
 from ranks import Given, Mixed, close, conserved, each_rank, loss_of, raised, same, same_everywhere, total
 
 RULES = {"embed*": "int8:ef=true", "*.bias|*norm*|scale": "none", "fc1*": "topk:ratio=0.05"}
@@ -406,6 +407,28 @@ def test_the_random_state_of_the_user_is_not_touched(rank, world, spec):
         ddp(g).backward()
     same(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
+
+
+@each_rank(3)
+def test_a_default_device_changes_nothing(rank, world):
+    """As with torch.set_default_device("cuda"): what is made on the CPU says so. On "meta" nothing else would have values."""
+    for spec in [row["spec"] for row in overview()] + ["int4:collective=integer_sum", "topk:ratio=0.05,collective=sparse_two_shot"]:
+        ends = []
+        for default in ("cpu", "meta"):
+            ddp = DDP(Given(*SHAPES), bucket_cap_mb=0.01)
+            gradients = [ddp.module.random(rank, step) for step in range(3)]
+            with torch.device(default):
+                handle = commopt.attach(ddp, spec)
+            for given in gradients:
+                loss = ddp(given)
+                with torch.device(default):
+                    loss.backward()
+            with torch.device(default):
+                kept = handle.state_dict()
+                mean = commopt.average(gradients[0], spec, dist.new_group()) if handle.spec.slots == 1 else []
+            ends.append([*[p.grad for p in ddp.parameters()], *kept["residual"].values(), *mean])
+        for got, want in zip(*ends, strict=True):
+            same(got, want, spec)
 
 
 @each_rank(2)

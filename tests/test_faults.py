@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import commopt
 from commopt.collectives.merge import WORTH
+from commopt.hooks.alarm import Alarm
 from ranks import Given, close, conserved, each_rank, endings, raised, run, same, same_everywhere, start
 
 SHAPES = [(64, 33), (7,), (50, 50), (40, 40)]
@@ -349,6 +350,18 @@ LOST = [("int8", 3), ("topk:ratio=0.05", 3), ("int8:collective=integer_sum", 3),
 def test_a_rank_that_dies_is_reported_by_all_others(spec, world):
     for text, took in run(world, _lose, lost=(world - 1,), sign=signal.SIGKILL, spec=spec):
         assert took < 5 and "bucket" in text and f"among ranks {list(range(world))}" in text, text
+
+
+def _lose_where_posts_take_long(rank: int, world: int, spec: str) -> tuple[str, float]:
+    post = Alarm.post
+    Alarm.post = lambda *args: (time.sleep(0.3), post(*args))
+    return _lose(rank, world, signal.SIGKILL, spec)
+
+
+def test_a_failure_is_posted_before_a_row_shows_it():
+    """Rank 0 has nothing to do with rank 3 but by rank 1."""
+    for text, took in run(4, _lose_where_posts_take_long, lost=(3,), spec="intra=none,inter=int4"):
+        assert took < 5 and "among ranks [0, 1, 2, 3]" in text, (took, text)
 
 
 @pytest.mark.parametrize("spec, world", LOST)

@@ -156,8 +156,8 @@ else:
         return launch
 
     @pytest.mark.parametrize("capability, formats", [(80, (0, 7)), (90, (1, 6)), (100, (7, 8))])
-    def test_compiled_for_nvidia(compiler, capability, formats, monkeypatch, tmp_path):
-        compiler(*formats).test_nvidia(capability, monkeypatch, tmp_path)
+    def test_compiled_for_nvidia(compiler, capability, formats, monkeypatch):
+        compiler(*formats).test_nvidia(capability, monkeypatch)
 
     def test_compiled_for_amd(compiler, monkeypatch):
         compiler(2, 7).test_amd(monkeypatch)

@@ -22,8 +22,11 @@ SHAPES = [(64, 33), (7,), (50, 50), (40, 40)]
 
 
 def train(ddp: DDP, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> None:
+    """In two passes, as schedule=delayed wants it."""
     for step in steps:
         optimizer.zero_grad()
+        with ddp.no_sync():
+            ddp(ddp.module.random(rank, step)).backward()
         ddp(ddp.module.random(rank, step)).backward()
         optimizer.step()
 
@@ -47,16 +50,19 @@ CALLS = {
     "set": (lambda handle: handle.set("int4"), "step 4 with int4"),
     "pause": (lambda handle: handle.pause(), "step 4 with exact averages"),
     "detach": (lambda handle: handle.detach(), "step 4 with exact averages"),
-    "load_state_dict": (lambda handle: handle.load_state_dict({"version": 1, "step": 50, "residual": {}}), "step 51 with int8"),
+    "load_state_dict": (lambda handle: handle.load_state_dict({"version": 1, "step": 50, "residual": {}}), "step 51 with int8, after load_state_dict"),
+    "load_state_dict of the same step": (lambda handle: handle.load_state_dict({"version": 1, "step": 3, "residual": {}}), "step 4 with int8, after load_state_dict"),
     "state_dict": (lambda handle: handle.state_dict(), "state_dict after step 3"),
+    "flush": (lambda handle: handle.flush(), ""),
 }
 
 
-@pytest.mark.parametrize("schedule", ["pipelined", "decoupled", "delayed:correction=local"])
+@pytest.mark.parametrize("schedule", ["pipelined", "decoupled", "delayed", "delayed:correction=local"])
 @each_rank(3)
 def test_a_call_of_one_rank_is_an_error_on_all(rank, world, schedule):
     for name, (call, place) in CALLS.items():
-        for culprit in (0, 2):
+        local = schedule == "delayed:correction=local"  # where flush, load_state_dict and detach bring replicas together
+        for culprit in (0, 2) if local or place else ():
             ddp, handle, optimizer = attached(rank, schedule)
             begin = time.monotonic()
 
@@ -69,10 +75,7 @@ def test_a_call_of_one_rank_is_an_error_on_all(rank, world, schedule):
             assert time.monotonic() - begin < 5, f"{name}: {time.monotonic() - begin} s"
             texts = everyones(str(error))
             assert len(set(texts)) == 1 and type(error) is RuntimeError, f"{name} on rank {culprit}: {texts}"
-            if "delayed" in schedule:  # where load_state_dict and detach bring replicas together
-                assert f"\n  rank {culprit}: " in texts[0], texts[0]
-            else:
-                assert f"\n  rank {culprit}: {place}\n" in texts[0], texts[0]
+            assert f"\n  rank {culprit}: {'' if local else place + chr(10)}" in texts[0], texts[0]
             ahead = re.search(r"\n  rank (\S+): step 4 with int8\n", texts[0])  # of the others, the last may not be there yet
             assert ahead and str(culprit) not in ahead[1] and "between the same two steps" in texts[0], texts[0]
 
@@ -145,7 +148,10 @@ def test_ranks_that_go_the_same_way_meet(rank, world):
         else:
             where.pass_by(f"step {kinds.randrange(2)}")
     where.meet("the end")
-    assert 250 < met < 350 and where.of_all() == "  rank 0,1,2,3: the end"
+    dist.barrier()
+    while where.of_all() != "  rank 0,1,2,3: the end":  # what is told needs no answer, and may be under way
+        time.sleep(0.01)
+    assert 250 < met < 350
 
 
 @each_rank(2)
@@ -157,7 +163,8 @@ def test_a_rank_that_is_far_ahead(rank, world):
     for step in range(3 * rank):
         where.pass_by(f"step {step}")
     if rank == 0:
-        time.sleep(0.2)
+        while "step 2" not in where.of_all():
+            time.sleep(0.01)
         assert "rank 1: step 2" in str(raised(where.meet, "step 0")), "not seen"
         hang_up(group)
     dist.barrier()
@@ -170,7 +177,7 @@ def test_ranks_that_meet_elsewhere(rank, world):
     where.pass_by("here")
     if rank == 2:
         error = raised(where.meet, "there")
-        assert "rank 0,1: where" in str(error) or isinstance(error, ConnectionError), error
+        assert re.search("rank 0(,1)?: where", str(error)) or isinstance(error, ConnectionError), error
     else:
         error = raised(where.meet, "where")
         assert "rank 2: there" in str(error) or isinstance(error, ConnectionError), error

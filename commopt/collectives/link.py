@@ -26,7 +26,7 @@ def hang_up(group: dist.ProcessGroup) -> None:
     for r in range(group.size()):
         try:
             if r != group.rank():
-                group.recv([torch.empty(1, dtype=torch.uint8)], r, _HANG_UP).wait(timedelta(milliseconds=1))
+                group.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], r, _HANG_UP).wait(timedelta(milliseconds=1))
         except RuntimeError:
             pass
 

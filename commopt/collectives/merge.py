@@ -36,13 +36,15 @@ class _Notes:
 class Batch:
     """Exchanges in the order in which all ranks add them. Each encodes its first message when it is added."""
 
-    def __init__(self, link: Link, device: torch.device, number: int, buffers: dict[tuple[int, int], tuple[Tensor, Tensor]]):
-        """number: of the first one, whose tags serve all. buffers: kept from step to step for batches that begin with it."""
+    def __init__(self, link: Link, device: torch.device, number: int, buffers: dict[tuple[int, int], tuple[Tensor, Tensor]],
+                 tell: Callable[[Exception], None]):
+        """number: of the first one, whose tags serve all, and which tells what they have failed with. buffers: kept from step to step for
+        batches that begin with it."""
         self._link, self.device, self._buffers = link, device, buffers
         self._running: list[tuple[Phases, _Notes]] = []
         self._dones: list[Callable[[Exception | None], None]] = []
         self._failed: Exception | None = None
-        self.number, self.size, self.count = number, 0, 0  # count: of phases
+        self.number, self.size, self.count, self.tell = number, 0, 0, tell  # count: of phases
 
     def add(self, prepared: Prepared, x: Tensor, residual: Tensor | None, done: Callable[[Exception | None], None]) -> None:
         """done: called when the batch has ended."""

@@ -31,13 +31,15 @@ Done = Callable[[Exception | None], None]  # called once, when an exchange has e
 
 
 class Exchange(NamedTuple):
-    """number: that of its plan. count: of its phases. size: bytes that a rank sends in one of them, on average."""
+    """number: that of its plan. count: of its phases. size: bytes that a rank sends in one of them, on average. tell: told what a
+    phase has failed with before the next one sends rows that show it."""
 
     number: int
     count: int
     phases: Phases
     done: Done
     size: float = 0.0
+    tell: Callable[[Exception], None] = lambda failed: None
 
 
 def future_of(x: Tensor) -> Future:
@@ -60,6 +62,8 @@ class Clock:
         """Runs the phase that is due. What it has begun, or None behind the last. Raises what the phase does."""
         name, begin = "encode" if phase < exchange.count else "decode", time.perf_counter()
         try:
+            if failed is not None:
+                exchange.tell(failed)
             with _seen(name):
                 return exchange.phases.send(failed)
         except StopIteration:

@@ -22,7 +22,7 @@ def sparse_two_shot(plan: Plan) -> Prepared:
     All ranks have the same bits of that, so they cut alike without a word. At first elements count alike.
     On a device this waits for it: once in 64 exchanges.
     """
-    density = torch.ones(-(-plan.n // GRAIN), dtype=torch.float64)
+    density = torch.ones(-(-plan.n // GRAIN), dtype=torch.float64, device="cpu")
     inner, exchanges = _cut(plan, density), 0
 
     def begin(link: Link, x: Tensor, residual: Tensor | None) -> Phases:
@@ -45,7 +45,7 @@ def _density(x: Tensor) -> Tensor:
 
 def _cut(plan: Plan, density: Tensor) -> Prepared:
     """density: of entries, float64 [ceil(n / GRAIN)], any unit."""
-    before = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
+    before = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), density.cumsum(0)])
 
     def upto(element: int) -> float:
         whole, rest = divmod(element, GRAIN)
@@ -64,10 +64,10 @@ def _cut(plan: Plan, density: Tensor) -> Prepared:
         n = piece.stop - piece.start
         return piece.compressor.naming(min(max(count, 1), n), n)
 
-    reached = torch.zeros(density.numel(), dtype=torch.float64)  # entries before each grain
+    reached = torch.zeros_like(density)  # entries before each grain
     for part in plan.parts:
         first, all_of_it = upto(part.start), upto(part.stop) - upto(part.start)
         reached += (entries(part) or part.stop - part.start) * (before[:-1] - first).clamp(0, all_of_it) / all_of_it
-    borders = torch.searchsorted(reached, reached[-1] * torch.arange(1, plan.world) / plan.world).clamp_max(density.numel() - 1)
+    borders = torch.searchsorted(reached, reached[-1] * torch.arange(1, plan.world, device="cpu") / plan.world).clamp_max(density.numel() - 1)
     starts = [0, *(GRAIN * borders).tolist()]
     return two_shot(plan, list(zip(starts, [*starts[1:], plan.n])), compressor)

@@ -72,7 +72,8 @@ class DCT(Compressor):
 @functools.cache
 def _matrix(chunk: int, device: torch.device) -> Tensor:
     """D, float32 [chunk, chunk], rounded from float64."""
-    i, j = torch.arange(chunk, dtype=torch.float64)[:, None], torch.arange(chunk, dtype=torch.float64)
+    j = torch.arange(chunk, dtype=torch.float64, device="cpu")
+    i = j[:, None]
     matrix = torch.cos(math.pi * i * (2 * j + 1) / (2 * chunk)) * math.sqrt(2 / chunk)
     matrix[0] /= math.sqrt(2)
     return matrix.float().to(device)

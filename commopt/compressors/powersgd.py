@@ -173,7 +173,7 @@ def _keep(residual: Tensor, had: Tensor, decoded: Tensor, loss_scale: Tensor, fi
 
 
 def _draw(flat: Tensor, seed: int) -> None:
-    flat.copy_(torch.randn(flat.numel(), generator=torch.Generator().manual_seed(seed)))  # the same numbers for any device
+    flat.copy_(torch.randn(flat.numel(), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"))  # the same numbers for any device
 
 
 def _orthonormalize(thin: list[Tensor]) -> None:

@@ -99,7 +99,7 @@ class _Averager:
 
     def _agree(self, facts: dict[str, Any]) -> None:
         """Eight bytes to each rank, and all of the facts where those differ."""
-        mine = torch.tensor([zlib.crc32(str(facts).encode())])
+        mine = torch.tensor([zlib.crc32(str(facts).encode())], device="cpu")
         everyone = [torch.empty_like(mine) for _ in range(self.traffic.world)]
         try:
             dist.all_gather(everyone, mine, group=self.traffic.control)

@@ -18,11 +18,14 @@ class Course:
         self.start_step = start_step
         self.paused = False
         self.now: Active | None = None
+        self._said = _text(None)  # made once: every step says it
 
     def turn(self, step: int) -> bool:
         """The step begins. Whether it compresses with something else than the one before."""
         before, self.now = self.now, None if self.paused or step < self.start_step else self._at(step - self.start_step)
-        return self.now != before
+        if turned := self.now != before:
+            self._said = _text(self.now)
+        return turned
 
     @property
     def warming_up(self) -> bool:
@@ -34,7 +37,11 @@ class Course:
 
     def __str__(self) -> str:
         """What this step does."""
-        if self.now is None:
-            return "exact averages"
-        spec, rules = self.now
-        return f"{spec}" + "".join(f", {patterns} {rule}" for patterns, rule in rules.items())
+        return self._said
+
+
+def _text(active: Active | None) -> str:
+    if active is None:
+        return "exact averages"
+    spec, rules = active
+    return str(spec) + "".join(f", {patterns} {rule}" for patterns, rule in rules.items())

@@ -75,7 +75,7 @@ class State:
         self.rank, self.world = self._traffic.rank, self._traffic.world
         facts = {
             "commopt": __version__, "arguments": f"refused: {wrong}" if wrong else "accepted",
-            "spec": str(spec), "schedule": str(schedule), "rules": {k: str(v) for k, v in (rules or {}).items()}, "start_step": start_step, "seed": seed, "world size": self.world,
+            "spec": str(spec), "schedule": str(schedule), "rules": [f"{patterns}: {rule}" for patterns, rule in (rules or {}).items()], "start_step": start_step, "seed": seed, "world size": self.world,
             "parameters": [f"{n} {list(p.shape)} {str(p.dtype)[6:]}" for n, p in named],
         }
         agree(self._traffic.control, facts)
@@ -243,7 +243,7 @@ class State:
         self._exchanged.clear()
         self._traffic.drop_batch()  # what a backward left that did not end
         turns, loaded, self._loaded = self._course.turn(self.step), self._loaded, False
-        here = f"step {self.step} with {self._course}"
+        here = f"step {self.step} with {self._course}{', after load_state_dict' if loaded else ''}"
         if turns or loaded:  # others may not have been told to
             self._traffic.finish()
             self._whereabouts.meet(here)
@@ -311,7 +311,7 @@ class State:
         self._traffic.alarm.leave()
 
     def _fail(self, error: Exception, where: str) -> None:
-        if isinstance(error, ConnectionError):
+        if isinstance(error, ConnectionError) and self._traffic.alarm.error is None:  # else nobody reads it
             error = ConnectionError(f"{error}. Where the ranks came by last:\n{self._whereabouts.of_all()}")
         self._traffic.alarm.post(error, where, self.step)
 

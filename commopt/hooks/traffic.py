@@ -52,11 +52,14 @@ class Traffic:
         is done, on the thread or stream that has done it."""
         plan, (link, runner), future = prepared.plan, self._on(x.device), future_of(x)
 
+        def tell(failure: Exception) -> None:
+            first, last = plan.parameters[0].name, plan.parameters[-1].name
+            self._failed(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self.ranks}")
+
         def done(failure: Exception | None) -> None:
             try:
                 if failure is not None:
-                    first, last = plan.parameters[0].name, plan.parameters[-1].name
-                    self._failed(failure, f"in the exchange of bucket {plan.number} ({first} to {last}) among ranks {self.ranks}")
+                    tell(failure)
             finally:
                 future.set_result(x)
                 ended()
@@ -65,12 +68,12 @@ class Traffic:
         if not prepared.merges or plan.size >= worth:
             self.close_batch()  # in the order in which they were begun, which is the same on all ranks
             self.travels_as[plan.exchange] = plan.exchange
-            runner.exchange(Exchange(plan.exchange, prepared.phases, prepared.begin(link, x, residual), done, plan.size / prepared.phases))
+            runner.exchange(Exchange(plan.exchange, prepared.phases, prepared.begin(link, x, residual), done, plan.size / prepared.phases, tell))
             return future
         if self._batch is not None and self._batch.device != x.device:
             self.close_batch()
         if self._batch is None:
-            self._batch = Batch(link, x.device, plan.exchange, self._merged)
+            self._batch = Batch(link, x.device, plan.exchange, self._merged, tell)
         self.travels_as[plan.exchange] = self._batch.number
         with runner.stream.beside():
             self._batch.add(prepared, x, residual, done)
@@ -82,7 +85,7 @@ class Traffic:
         """Sends the small exchanges that wait."""
         batch, self._batch = self._batch, None
         if batch is not None:
-            self._on(batch.device)[1].exchange(Exchange(batch.number, batch.count, batch.phases(), batch.done, batch.size / batch.count))
+            self._on(batch.device)[1].exchange(Exchange(batch.number, batch.count, batch.phases(), batch.done, batch.size / batch.count, batch.tell))
 
     def drop_batch(self) -> None:
         """Forgets what waits and will not be sent."""

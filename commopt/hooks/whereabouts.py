@@ -9,9 +9,12 @@ import logging
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+
+from ..collectives.link import hang_up
 
 log = logging.getLogger("commopt")
 _TAG = 2**31 - 2  # of messages between ranks that meet; exchanges and `hang_up` have others
@@ -30,7 +33,7 @@ class Whereabouts:
         self._store, self._group = store, group
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self._places = 0  # come by
-        self._met = 0  # the last of them at which this rank was with all others
+        self._met = 0  # the last of them at which this rank has waited for all others
 
     def pass_by(self, place: str) -> None:
         """This rank is there and goes on, as all ranks do."""
@@ -39,20 +42,17 @@ class Whereabouts:
 
     def meet(self, place: str) -> None:
         """Returns when all ranks are there. RuntimeError: some have gone elsewhere. ConnectionError: one is gone, or has hung up.
-        Whoever gets one of them hangs up, for the others' sake."""
+        Whoever gets one of them posts it and hangs up, for the others' sake."""
         self._places += 1
         self._met = self._places
         self._tell(place)
-        meeting = _Meeting(self._group, torch.tensor([self._places, zlib.crc32(place.encode())]))
-        began, pause, said = time.monotonic(), _SOON, False
-        while not meeting.over(pause):
-            for rank in meeting.missing:
-                self._look_for(rank, place)
-            pause = min(2 * pause, _LATE)
-            if not said and time.monotonic() - began > _LONG:
-                said = True
-                log.warning("commopt: rank %d has waited for %d s at: %s. All ranks have to come there. They came by last:\n%s",
-                            self._rank, _LONG, place, self.of_all())
+        meeting = _Meeting(self._group, torch.tensor([self._places, zlib.crc32(place.encode())], device="cpu"))
+        try:
+            self._wait_for(meeting, place)
+        except (KeyboardInterrupt, SystemExit):
+            hang_up(self._group)
+            meeting.over(1.0)
+            raise
         if meeting.failed is not None:
             raise ConnectionError(f"{meeting.failed}, where all ranks were to come to: {place}")
         if not meeting.same:
@@ -61,22 +61,21 @@ class Whereabouts:
     def of_all(self) -> str:
         """The last place by which each rank came, a line for each place."""
         ranks: dict[str, list[str]] = {}
-        with contextlib.suppress(Exception):  # the store died with its host
-            for rank in range(self._world):
-                if told := self._told_by(rank):
-                    ranks.setdefault(told[2], []).append(str(rank))
+        for rank, (_, _, place) in self._told_by(range(self._world)).items():
+            ranks.setdefault(place, []).append(str(rank))
         return "\n".join(f"  rank {','.join(some)}: {place}" for place, some in ranks.items())
 
-    def _look_for(self, rank: int, place: str) -> None:
-        """Raises when that rank does not come to the place where this one waits."""
-        told = None
-        with contextlib.suppress(Exception):
-            told = self._told_by(rank)
-        if told is None:
-            return
-        places, met, its_place = told
-        if (places == self._places and its_place != place) or (places > self._places and met < self._places):
-            raise self._parted()
+    def _wait_for(self, meeting: "_Meeting", place: str) -> None:
+        """Returns when the meeting is over. RuntimeError: somebody does not come."""
+        began, pause, said = time.monotonic(), _SOON, False
+        while not meeting.over(pause):
+            if any(places >= self._places > met for places, met, _ in self._told_by(meeting.missing).values()):  # has been here, and not waited
+                raise self._parted()
+            pause = min(2 * pause, _LATE)
+            if not said and time.monotonic() - began > _LONG:
+                said = True
+                log.warning("commopt: rank %d has waited for %d s at: %s. All ranks have to come there. They came by last:\n%s",
+                            self._rank, _LONG, place, self.of_all())
 
     def _parted(self) -> RuntimeError:
         return RuntimeError(
@@ -87,12 +86,15 @@ class Whereabouts:
         with contextlib.suppress(Exception):  # the next exchange with the store's host tells
             self._store.set(f"at/{self._rank}", f"{self._places} {self._met} {place}")
 
-    def _told_by(self, rank: int) -> tuple[int, int, str] | None:
-        """How many places it has come by, at which of them it last met all, and the last one."""
-        if not self._store.check([f"at/{rank}"]):
-            return None
-        places, met, place = self._store.get(f"at/{rank}").decode().split(" ", 2)
-        return int(places), int(met), place
+    def _told_by(self, ranks: Sequence[int]) -> dict[int, tuple[int, int, str]]:
+        """Of those that have told: how many places they have come by, at which of them they last waited for all, and the last one."""
+        keys = {rank: f"at/{rank}" for rank in ranks}
+        with contextlib.suppress(Exception):  # the store died with its host
+            if keys and not self._store.check(list(keys.values())):
+                keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+            told = (value.decode().split(" ", 2) for value in (self._store.multi_get(list(keys.values())) if keys else ()))
+            return {rank: (int(places), int(met), place) for rank, (places, met, place) in zip(keys, told)}
+        return {}
 
 
 class _Meeting:
@@ -121,12 +123,12 @@ class _Meeting:
     def _wait(self) -> None:
         try:
             self._receive() if self._group.rank() == 0 else self._report()
-        except RuntimeError as error:
+        except Exception as error:
             self.failed = error
 
     def _receive(self) -> None:
         """Rank 0's part."""
-        came = torch.empty(len(self._others), 2, dtype=torch.int64)
+        came = torch.empty(len(self._others), 2, dtype=torch.int64, device="cpu")
         coming = [self._group.recv([row], r, _TAG) for row, r in zip(came, self._others)]
         for work in coming:
             work.wait()

@@ -100,8 +100,8 @@ def split(
     ends = [start for start, *_ in starts[1:]] + [stop]
     parts = [Part(start, end, _paying(c, end - start, dtype), tuple(tensors)) for (start, c, tensors), end in zip(starts, ends)]
     lossy = [(p.start, p.stop) for p in parts if p.compressor.name != "none"]
-    spans = [torch.arange(s, e) for s, e in exact if any(start <= s < end for start, end in lossy)]
-    inside = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+    spans = [torch.arange(s, e, device="cpu") for s, e in exact if any(start <= s < end for start, end in lossy)]
+    inside = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64, device="cpu")
     if lossy and layout(parts, inside.numel()).nbytes >= stop * dtype.itemsize:  # little to compress among much that is exact
         return [Part(0, stop, parse("none"))], inside[:0]
     return parts, inside

@@ -28,7 +28,7 @@ def probe(link: Link, group: dist.ProcessGroup, number: int) -> Network:
     that nothing else has."""
 
     def seconds(nbytes: int) -> float:
-        rows, arriving = (torch.zeros(link.world, nbytes, dtype=torch.uint8) for _ in range(2))
+        rows, arriving = (torch.zeros(link.world, nbytes, dtype=torch.uint8, device="cpu") for _ in range(2))
         exchange = lambda: link.scatter(rows, arriving, [nbytes] * link.world, lambda r: None, number).wait()
         return _agreed(statistics.median(timed(exchange, group) for _ in range(_TURNS)), group)
 
@@ -51,6 +51,6 @@ def timed(work: Callable[[], Exception | None], group: dist.ProcessGroup | None 
 
 def _agreed(seconds: float, group: dist.ProcessGroup) -> float:
     """The slowest rank's."""
-    slowest = torch.tensor(seconds, dtype=torch.float64)
+    slowest = torch.tensor(seconds, dtype=torch.float64, device="cpu")
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
     return float(slowest)
