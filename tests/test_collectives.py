@@ -146,7 +146,7 @@ def test_exchanges_that_travel_together_are_the_same(world):
             network = Network()
             links = [SimulatedLink(network, r, tuple(range(world))) for r in range(world)]
             if merge:
-                batches = [Batch(link, torch.device("cpu"), 0, kept) for link, kept in zip(links, held)]
+                batches = [Batch(link, torch.device("cpu"), 0, kept, lambda failed: None) for link, kept in zip(links, held)]
                 for plans, x, kept in zip(buckets, xs, residuals):
                     for r, plan in enumerate(plans):
                         plan.step = step

@@ -213,7 +213,7 @@ class _Work:
     def _end(self, job: Job, failure: Exception | None) -> None:
         job.exchange.done(failure)
         self.round.log.done[job.exchange.number] = time.perf_counter()
-        job.exchange = job.exchange._replace(phases=None, done=None)  # by which these threads would hold the handle
+        job.exchange = job.exchange._replace(phases=None, done=None, tell=None)  # by which these threads would hold the handle
         with self.changed:
             job.over, job.under_way = True, False
             self.changed.notify_all()
