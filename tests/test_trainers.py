@@ -44,7 +44,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
-Trained = tuple[nn.Module, "commopt.State"]
+Trained = tuple[nn.Module, commopt.State]
 
 
 def accelerate(folder: str, resumed: bool) -> Trained:

@@ -84,17 +84,20 @@ class Whereabouts:
 
     def _tell(self, place: str) -> None:
         with contextlib.suppress(Exception):  # the next exchange with the store's host tells
-            self._store.set(f"at/{self._rank}", f"{self._places} {self._met} {place}")
+            self._store.set(_key(self._rank), f"{self._places} {self._met} {place}")
 
     def _told_by(self, ranks: Sequence[int]) -> dict[int, tuple[int, int, str]]:
         """Of those that have told: how many places they have come by, at which of them they last waited for all, and the last one."""
-        keys = {rank: f"at/{rank}" for rank in ranks}
         with contextlib.suppress(Exception):  # the store died with its host
-            if keys and not self._store.check(list(keys.values())):
-                keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
-            told = (value.decode().split(" ", 2) for value in (self._store.multi_get(list(keys.values())) if keys else ()))
-            return {rank: (int(places), int(met), place) for rank, (places, met, place) in zip(keys, told)}
+            if not self._store.check(list(map(_key, ranks))):
+                ranks = [rank for rank in ranks if self._store.check([_key(rank)])]
+            told = (value.decode().split(" ", 2) for value in self._store.multi_get(list(map(_key, ranks))))
+            return {rank: (int(places), int(met), place) for rank, (places, met, place) in zip(ranks, told)}
         return {}
+
+
+def _key(rank: int) -> str:
+    return f"at/{rank}"
 
 
 class _Meeting:

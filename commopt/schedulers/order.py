@@ -197,6 +197,7 @@ class Planner:
             launcher.begin(self.order)
 
     def _observe(self, profile: Profile | None, group: dist.ProcessGroup) -> None:
+        """A step is over, of which nothing was measured if a flush ended it."""
         self._steps += 1
         self._profiles = [*self._profiles[-4:], profile] if profile else self._profiles
         if self._steps not in _DUE and self._steps % _EVERY:

@@ -1,5 +1,6 @@
 // Calls every op with buffers of exactly the size it may touch, for AddressSanitizer to watch.
-// With the argument "overrun" one buffer is a value too short, and this program has to be stopped.
+// Its arguments: the gradient's dtype, 0 to 2; and "overrun", with which one buffer is a value too short, and this program has to be
+// stopped.
 #include <cstdlib>
 #include <random>
 #include <vector>
@@ -162,7 +163,6 @@ void all(int dtype, int64_t n, size_t skip, int64_t short_by) {
 
 }  // namespace
 
-/** dtype [overrun] */
 int main(int count, char** arguments) {
   for (int64_t n : {0, 7, 65, 5000}) all(atoi(arguments[1]), n, (size_t)(n % 3), count > 2 && n ? 1 : 0);
   puts("clean");
